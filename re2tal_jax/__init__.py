@@ -1,0 +1,1 @@
+"""End-to-end temporal action localization on long videos, through reversible backbones, in JAX."""

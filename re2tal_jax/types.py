@@ -1,0 +1,85 @@
+"""The data classes that layers hand to each other. Shapes: B batch, F raw frames, T snippets, N segments, K classes."""
+
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, UInt8
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoRecord:
+    """One video of an annotation file: where it is, how long it lasts, and when actions happen in it.
+
+    `segments_sec` is (N, 2) float64 start and end; `labels` is (N,) int64 into the data set's class list.
+    `num_frames` and `fps` come from the annotation and are None where it does not say.
+    """
+
+    video_id: str
+    subset: str
+    duration_sec: float
+    num_frames: int | None
+    fps: float | None
+    segments_sec: np.ndarray
+    labels: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
+class SnippetGrid:
+    """The line on which a window's snippets lie: seconds = start_sec + snippets * seconds_per_snippet.
+
+    A video resized to T snippets has start 0 and seconds_per_snippet duration/T; a window of a sliding policy
+    starts at (start_frame + offset_frames)/fps and has seconds_per_snippet = snippet_stride/fps.
+    """
+
+    start_sec: float
+    seconds_per_snippet: float
+    duration_sec: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """What a sampling policy asks of one video: which frames, how many snippets are real, and the targets in them.
+
+    `frame_indices` (F,) int64, F = T * frames_per_snippet; `gt_segments` (N, 2) float32 in snippets of this window;
+    `gt_labels` (N,) int32.
+    """
+
+    video_id: str
+    frame_indices: np.ndarray
+    num_snippets: int
+    num_valid_snippets: int
+    gt_segments: np.ndarray
+    gt_labels: np.ndarray
+    grid: SnippetGrid
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """What one step consumes; every leaf has the batch axis first, so one sharding rule fits all.
+
+    `frame_size` is the source's (height, width) in pixels: stored frames may be squeezed to a common size, and crops
+    are drawn in the source's geometry. `gt_*` are padded to a common N; `gt_mask` tells which are real.
+    `window` numbers the windows of a pass (-1: padding to fill the last batch), so that the host finds their records.
+    """
+
+    video: UInt8[Array, "B F H W 3"]
+    frame_size: Float[Array, "B 2"]
+    mask: Bool[Array, "B T"]
+    gt_segments: Float[Array, "B N 2"]
+    gt_labels: Int[Array, "B N"]
+    gt_mask: Bool[Array, "B N"]
+    window: Int[Array, " B"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Detections:
+    """Detections of one video, best first: segments (N, 2) in seconds, labels (N,) class names, scores (N,) in [0, 1]."""
+
+    segments_sec: np.ndarray
+    labels: tuple[str, ...]
+    scores: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.scores)

@@ -1,0 +1,1 @@
+"""Replays golden files of the published implementation; `python -m tests.parity PATH …`."""
