@@ -1,0 +1,62 @@
+"""What a reversible chain loses and how large it grows: reconstruction error and largest |state| of every chain."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from re2tal_jax.reversible import Branch, State, Wiring, make_links, on_grid, rewire, step, step_back
+
+
+class ChainDiagnostics(NamedTuple):
+    """Of one chain: max |x - inverse(forward(x))| over both states, and max |s_i|.
+
+    With low-precision branches the error is 0 as long as the largest |state| is below 1024 (reversible.GRID).
+    """
+
+    reconstruction_error: Float[Array, ""]
+    largest_state: Float[Array, ""]
+
+
+def diagnose_chain(
+    wiring: Wiring, branches: Sequence[Branch], x: State, *, key: PRNGKeyArray | None = None, aux: Any = None
+) -> ChainDiagnostics:
+    """Run a chain forward and back as training does, and compare what comes back with what went in."""
+    links = make_links(branches, key)
+    x = on_grid(links, x, aux)
+    alpha, beta = jnp.asarray(wiring.alpha, x.dtype), jnp.asarray(wiring.beta, x.dtype)
+    states, largest = (x, x), jnp.max(jnp.abs(x))
+    for link in links:
+        states = step(states, link, alpha, beta, aux)
+        largest = jnp.maximum(largest, jnp.max(jnp.abs(states[0])))
+    # Otherwise a compiler might see that the way back undoes the way forward.
+    states = jax.lax.optimization_barrier(states)
+    zeros = (jnp.zeros_like(x), jnp.zeros_like(x))
+    for link in reversed(links):
+        states, _, _ = step_back(states, zeros, link, alpha, beta, aux)
+    error = jnp.max(jnp.stack([jnp.max(jnp.abs(state - x)) for state in states]))
+    return ChainDiagnostics(error, largest)
+
+
+def diagnose(module: nnx.Module, *inputs: Any, wiring: Wiring, **named_inputs: Any) -> list[ChainDiagnostics]:
+    """Call a module that holds chains with the given wiring and return one entry per chain, in order of execution."""
+    recorder = _Recorder(wiring)
+    rewire(module, recorder)(*inputs, **named_inputs)
+    return recorder.records
+
+
+class _Recorder:
+    """A wiring that runs its chains as usual and notes what they lose."""
+
+    def __init__(self, wiring: Wiring):
+        self.wiring = wiring
+        self.records: list[ChainDiagnostics] = []
+
+    def __call__(
+        self, branches: Sequence[Branch], x: State, *, key: PRNGKeyArray | None = None, aux: Any = None
+    ) -> State:
+        self.records.append(diagnose_chain(self.wiring, branches, x, key=key, aux=aux))
+        return self.wiring(branches, x, key=key, aux=aux)

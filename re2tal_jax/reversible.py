@@ -1,0 +1,259 @@
+"""Reversible chains of residual functions: Re2TAL (arXiv 2211.14053) and Dr2Net (arXiv 2401.04105) in one recurrence.
+
+A residual network is a chain of residual functions F_0 … F_{n-1}, here *branches*. With s_i the *state* before F_i,
+
+    s_{i+1} = F_i(s_i) + alpha * s_i + beta * s_{i-1}                  s_0 = s_{-1} = x
+
+(alpha, beta) = (1, 0) is the pretrained network, (0, 1) is Re2TAL, values between are Dr2Net. For beta > 0 each state
+follows from the two after it, s_{i-1} = (s_{i+1} - F_i(s_i) - alpha * s_i) / beta, so the backward pass recomputes
+states instead of storing them: memory does not grow with the number of branches. No parameter is added or renamed.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from re2tal_jax.runs import find_runs, stack_run
+
+GRID = 2.0**14  # steps per unit; sums of such float32 numbers are exact while |state| < 2**(24 - 14) = 1024
+
+State = Float[Array, "..."]
+M = TypeVar("M", bound=nnx.Module)
+
+
+class Tiles(Protocol):
+    """How a branch splits its input into `count` parts of one shape that it maps independently of each other."""
+
+    count: int
+
+    def read(self, state: State, tile: Array) -> State:
+        """Return the part numbered `tile`."""
+        ...
+
+    def write(self, state: State, value: State, tile: Array) -> State:
+        """Return the state with that part replaced."""
+        ...
+
+
+class Branch(Protocol):
+    """A residual function: a callable pytree that holds all its arrays as leaves, so that alike branches are scanned.
+
+    It returns an array of its input's shape; a result of lower precision than the state tells that it computes in that
+    precision. `key` is this branch's own (None: evaluation), `aux` is shared by the chain. Called again with the same
+    arguments it gives the same value. A branch that has a method `tiles(shape) -> Tiles` is run tile by tile, in place,
+    and gets the tile's number as a further keyword `tile`.
+    """
+
+    def __call__(self, x: State, *, key: PRNGKeyArray | None, aux: Any) -> State:
+        """Return F(x)."""
+        ...
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Wiring:
+    """The coefficients of a chain; call it to run branches as that chain.
+
+    `alpha` and `beta` may be traced scalars that change from step to step (Dr2Net). `reversible=False` is the twin that
+    stores what autodiff stores: the same function and gradients with ordinary memory.
+    """
+
+    alpha: float | Float[Array, ""] = 0.0
+    beta: float | Float[Array, ""] = 1.0
+    reversible: bool = field(default=True, metadata={"static": True})
+
+    def __call__(
+        self, branches: Sequence[Branch], x: State, *, key: PRNGKeyArray | None = None, aux: Any = None
+    ) -> State:
+        """Run `branches` in order from x and return (s_n + beta * s_{n-1}) / (1 + beta), a state like x.
+
+        x is float32 where branches compute in lower precision. `key` gives each branch its own; None switches
+        randomness off. The float leaves of the pytree `aux` are differentiated.
+
+        Raises:
+            ValueError: a reversible chain with beta = 0, which has no inverse.
+        """
+        if self.reversible and isinstance(self.beta, int | float) and self.beta == 0:
+            raise ValueError("beta = 0 has no inverse; allowed: beta > 0, or reversible=False (the wiring PLAIN).")
+        links = make_links(branches, key)
+        plan = find_runs(branches)
+        x = on_grid([links[i] for run in plan for i in run.pattern], x, aux)
+        alpha, beta = jnp.asarray(self.alpha, x.dtype), jnp.asarray(self.beta, x.dtype)
+        repeats, runs = tuple(run.repeats for run in plan), tuple(stack_run(links, run) for run in plan)
+        last, before = (_reversible_chain if self.reversible else _chain)(repeats, runs, x, alpha, beta, aux)
+        return (last + beta * before) / (1 + beta)
+
+
+PLAIN = Wiring(alpha=1.0, beta=0.0, reversible=False)
+REWIRED = Wiring(alpha=0.0, beta=1.0, reversible=True)
+
+
+def rewire(module: M, wiring: Wiring = REWIRED) -> M:
+    """Return a copy of a module that shares every parameter array and has `wiring` in all submodules that have one.
+
+    `rewire(plain)` is the rewired network, `rewire(rewired, PLAIN)` the pretrained one again.
+    """
+    copy = nnx.merge(*nnx.split(module))
+    wired = [m for _, m in nnx.iter_graph(copy) if isinstance(m, nnx.Module) and "wiring" in vars(m)]
+    if not wired:
+        raise ValueError(f"{type(module).__name__} has no attribute `wiring` to replace: it is no residual backbone.")
+    traced = any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(wiring))
+    for submodule in wired:
+        submodule.wiring = nnx.data(wiring) if traced else wiring
+    return copy
+
+
+# ---- One step, forward and back. A link is a branch with its key; a branch without tiles is one tile.
+
+
+def make_links(branches: Sequence[Branch], key: PRNGKeyArray | None) -> list[tuple[Branch, Any]]:
+    """Pair each branch with a key of its own."""
+    keys = [None] * len(branches) if key is None else list(jax.random.split(key, len(branches)))
+    return list(zip(branches, keys, strict=True))
+
+
+def step(states: Any, link: Any, alpha: Array, beta: Array, aux: Any) -> Any:
+    """(s_i, s_{i-1}) -> (s_{i+1}, s_i), written over s_{i-1} tile by tile."""
+    current, previous = states
+    branch, key = link
+
+    def body(previous, read, write, tile):
+        increment = _increment(branch, read(current), alpha, aux, key, tile)
+        return write(previous, increment + beta * read(previous))
+
+    return _over_tiles(branch, current.shape, body, previous), current
+
+
+def step_back(states: Any, dstates: Any, link: Any, alpha: Array, beta: Array, aux: Any) -> Any:
+    """(s_{i+1}, s_i) and cotangents -> (s_i, s_{i-1}) and cotangents, and those of (branch, alpha, beta, aux)."""
+    following, current = states
+    dfollowing, dcurrent = dstates
+    branch, key = link
+
+    def body(carry, read, write, tile):
+        following, dcurrent, gradients = carry
+        dincrement = read(dfollowing)
+        forward = functools.partial(_increment, key=key, tile=tile)
+        increment, pull = jax.vjp(forward, branch, read(current), alpha, aux)
+        previous = (read(following) - increment) / beta
+        dbranch, dx, dalpha, daux = pull(dincrement)
+        more = _differentiable((dbranch, dalpha, jnp.vdot(dincrement, previous), daux))
+        return write(following, previous), write(dcurrent, read(dcurrent) + dx), jax.tree.map(jnp.add, gradients, more)
+
+    zeros = jax.tree.map(jnp.zeros_like, _differentiable((branch, alpha, beta, aux)))
+    previous, dcurrent, gradients = _over_tiles(branch, current.shape, body, (following, dcurrent, zeros))
+    return (current, previous), (dcurrent, beta * dfollowing), gradients
+
+
+def _over_tiles(branch: Branch, shape: tuple[int, ...], body: Any, carry: Any) -> Any:
+    """Return body(carry, read, write, tile) applied for every tile of the branch in turn."""
+    if not hasattr(branch, "tiles"):
+        return body(carry, lambda state: state, lambda _, value: value, {})
+    tiles = branch.tiles(shape)
+
+    def one(carry, tile):
+        read, write = functools.partial(tiles.read, tile=tile), functools.partial(tiles.write, tile=tile)
+        return body(carry, read, write, {"tile": tile}), None
+
+    return lax.scan(one, carry, jnp.arange(tiles.count))[0]
+
+
+def _increment(branch: Branch, x: State, alpha: Array, aux: Any, key: Any, tile: dict[str, Array]) -> State:
+    """F(x) + alpha * x, put on the grid if F computes in less than the state's precision."""
+    result = branch(x, key=key, aux=aux, **tile)
+    increment = result.astype(x.dtype) + alpha * x
+    return to_grid(increment) if _is_narrower(result, x) else increment
+
+
+# ---- The grid: float32 states that are multiples of 1/GRID add and subtract without any error.
+
+
+@jax.custom_jvp
+def to_grid(x: State) -> State:
+    """Round to multiples of 1/GRID, with a straight-through gradient."""
+    return jnp.round(x * GRID) / GRID
+
+
+to_grid.defjvp(lambda primals, tangents: (to_grid(*primals), tangents[0]))
+
+
+def on_grid(links: Any, x: State, aux: Any) -> State:
+    """Return the start of a chain: on the grid if one of its branches computes in less than the state's precision."""
+
+    def result(link, x, aux):
+        branch, key = link
+        if not hasattr(branch, "tiles"):
+            return branch(x, key=key, aux=aux)
+        first = jnp.zeros((), jnp.int32)
+        return branch(branch.tiles(x.shape).read(x, first), key=key, aux=aux, tile=first)
+
+    return to_grid(x) if any(_is_narrower(jax.eval_shape(result, link, x, aux), x) for link in links) else x
+
+
+def _is_narrower(result: Any, state: Any) -> bool:
+    return jnp.finfo(result.dtype).bits < jnp.finfo(state.dtype).bits
+
+
+# ---- The chain and its derivative. A run is a tuple of links, with leaves stacked if the pattern repeats.
+
+
+def _chain(repeats: tuple[int, ...], runs: Any, x: State, alpha: Array, beta: Array, aux: Any) -> Any:
+    """Return (s_n, s_{n-1})."""
+
+    def body(states, run):
+        for link in run:
+            states = step(states, link, alpha, beta, aux)
+        return states, None
+
+    states = (x, x)
+    for count, run in zip(repeats, runs, strict=True):
+        states, _ = _scan(count, body, states, run)
+    return states
+
+
+def _chain_forward(repeats: tuple[int, ...], runs: Any, x: State, alpha: Array, beta: Array, aux: Any) -> Any:
+    states = _chain(repeats, runs, x, alpha, beta, aux)
+    return states, (runs, states, alpha, beta, aux)
+
+
+def _chain_backward(repeats: tuple[int, ...], residuals: Any, dstates: Any) -> Any:
+    runs, states, alpha, beta, aux = residuals
+
+    def body(carry, run):
+        states, dstates, dshared = carry
+        dlinks = []
+        for link in reversed(run):
+            # Without a barrier on states *and* cotangents, schedulers invert the whole chain ahead of the gradients.
+            states, dstates = lax.optimization_barrier((states, dstates))
+            states, dstates, (dbranch, *more) = step_back(states, dstates, link, alpha, beta, aux)
+            dshared = jax.tree.map(jnp.add, dshared, tuple(more))
+            dlinks.append((dbranch, None))  # a key has no cotangent
+        return (states, dstates, dshared), tuple(reversed(dlinks))
+
+    carry = states, dstates, jax.tree.map(jnp.zeros_like, _differentiable((alpha, beta, aux)))
+    druns = []
+    for count, run in reversed(list(zip(repeats, runs, strict=True))):
+        carry, dlinks = _scan(count, body, carry, run, reverse=True)
+        druns.append(dlinks)
+    _, (dlast, dbefore), dshared = carry
+    return (tuple(reversed(druns)), dlast + dbefore, *dshared)
+
+
+_reversible_chain = jax.custom_vjp(_chain, nondiff_argnums=(0,))
+_reversible_chain.defvjp(_chain_forward, _chain_backward)
+
+
+def _scan(count: int, body: Any, carry: Any, run: Any, reverse: bool = False) -> Any:
+    return lax.scan(body, carry, run, reverse=reverse) if count > 1 else body(carry, run)
+
+
+def _differentiable(tree: Any) -> Any:
+    """Return the tree with None for leaves that have no cotangent: integers, booleans, keys and float0."""
+    return jax.tree.map(lambda leaf: leaf if jnp.issubdtype(leaf.dtype, jnp.inexact) else None, tree)
