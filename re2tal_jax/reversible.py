@@ -162,7 +162,7 @@ def _over_tiles(branch: Branch, shape: tuple[int, ...], body: Any, carry: Any) -
         read, write = functools.partial(tiles.read, tile=tile), functools.partial(tiles.write, tile=tile)
         return body(carry, read, write, {"tile": tile}), None
 
-    return lax.scan(one, carry, jnp.arange(tiles.count))[0]
+    return lax.scan(one, carry, jnp.arange(tiles.count, dtype=jnp.int32))[0]
 
 
 def _increment(branch: Branch, x: State, alpha: Array, aux: Any, key: Any, tile: dict[str, Array]) -> State:

@@ -1,0 +1,265 @@
+"""The chain: gradients against autodiff of the same recurrence, exact inversion, and memory that does not grow."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from re2tal_jax.diagnostics import diagnose, diagnose_chain
+from re2tal_jax.reversible import GRID, PLAIN, REWIRED, Wiring, rewire, to_grid
+
+WIDTH = 8
+
+
+class Residual(nnx.Module):
+    """A small residual function with everything a branch may have: a mask, drop path and a dtype of its own."""
+
+    def __init__(self, rate: float, activation, *, dtype=jnp.float64, hidden: int = 12, rngs: nnx.Rngs):
+        param_dtype = jnp.float64 if dtype == jnp.float64 else jnp.float32
+        self.up = nnx.Linear(WIDTH, hidden, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.down = nnx.Linear(hidden, WIDTH, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.rate = nnx.data(jnp.asarray(rate, param_dtype))
+        self.activation = activation
+        self.dtype = dtype
+
+    def __call__(self, x, *, key, aux):
+        y = self.down(self.activation(self.up(x.astype(self.dtype))))
+        if aux is not None:
+            y = y * aux["scale"].astype(y.dtype) * aux["mask"].astype(y.dtype)
+        if key is not None:
+            keep = jax.random.bernoulli(key, 1 - self.rate, (x.shape[0], 1))
+            y = y * keep.astype(y.dtype) / (1 - self.rate).astype(y.dtype)
+        return y
+
+
+def make_chain(depth: int, *, alternate: bool = False, **kwargs) -> list[Residual]:
+    """`alternate`: two kinds of branches in turn, so that the pattern scanned has period two."""
+    rngs = nnx.Rngs(0)
+    activations = [jnp.tanh, jax.nn.silu] if alternate else [jnp.tanh]
+    return [Residual(0.3 * i / depth, activations[i % len(activations)], rngs=rngs, **kwargs) for i in range(depth)]
+
+
+def inputs(batch: int = 8, dtype=jnp.float64):
+    x = jax.random.normal(jax.random.key(1), (batch, WIDTH), dtype)
+    aux = {
+        "scale": jax.random.normal(jax.random.key(2), (batch, 1), dtype),
+        "mask": jnp.arange(batch)[:, None] % 3 > 0,
+    }
+    return x, aux
+
+
+def gradients(wiring_of, branches, x, aux, alpha, beta, key):
+    def loss(branches, x, scale, alpha, beta):
+        y = wiring_of(alpha, beta)(branches, x, key=key, aux={"scale": scale, "mask": aux["mask"]})
+        return jnp.sum(jnp.sin(3 * y))
+
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3, 4)))(branches, x, aux["scale"], alpha, beta)
+
+
+def assert_trees_close(got, want, tolerance):
+    got, want = jax.tree.leaves(got), jax.tree.leaves(want)
+    assert len(got) == len(want)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(1.0, float(jnp.abs(b).max())))
+
+
+@pytest.mark.parametrize(("depth", "alternate"), [(1, False), (7, False), (6, True), (5, True)])
+@pytest.mark.parametrize("coefficients", [(0.0, 1.0), (0.4, 0.7)], ids=["re2tal", "dr2net"])
+def test_rewired_gradient_equals_plain_autodiff(depth, alternate, coefficients):
+    """Of branches, input, auxiliary inputs and both coefficients, under jit, with drop path up to 0.3."""
+    with jax.enable_x64(True):
+        branches, (x, aux) = make_chain(depth, alternate=alternate), inputs()
+        alpha, beta = (jnp.asarray(c, jnp.float64) for c in coefficients)
+        key = jax.random.key(3)
+        got = gradients(lambda a, b: Wiring(a, b, True), branches, x, aux, alpha, beta, key)
+        want = gradients(lambda a, b: Wiring(a, b, False), branches, x, aux, alpha, beta, key)
+        assert_trees_close(got, want, 1e-10)
+        assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(want[1][1:]))
+
+
+def test_gradient_on_eight_devices_equals_plain_autodiff_on_one():
+    with jax.enable_x64(True):
+        branches, (x, aux) = make_chain(6, alternate=True), inputs()
+        alpha, beta = jnp.zeros((), jnp.float64), jnp.ones((), jnp.float64)
+        key = jax.random.key(3)
+        want = gradients(lambda a, b: Wiring(a, b, False), branches, x, aux, alpha, beta, key)
+        mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+        x, aux = jax.device_put((x, aux), NamedSharding(mesh, PartitionSpec("data")))
+        got = gradients(lambda a, b: Wiring(a, b, True), branches, x, aux, alpha, beta, key)
+        assert_trees_close(got, want, 1e-10)
+
+
+def test_wiring_gives_the_recurrence():
+    """Three branches by hand: s_{i+1} = F(s_i) + alpha s_i + beta s_{i-1}, merged by (s_3 + beta s_2) / (1 + beta)."""
+    with jax.enable_x64(True):
+        f, (x, _) = make_chain(3), inputs()
+        alpha, beta = 0.25, 0.5
+        previous, state = x, x
+        for branch in f:
+            previous, state = state, branch(state, key=None, aux=None) + alpha * state + beta * previous
+        np.testing.assert_allclose(Wiring(alpha, beta)(f, x), (state + beta * previous) / (1 + beta), rtol=1e-12)
+
+
+def test_plain_wiring_is_the_ordinary_residual_network():
+    with jax.enable_x64(True):
+        f, (x, _) = make_chain(3), inputs()
+        y = x
+        for branch in f:
+            y = y + branch(y, key=None, aux=None)
+        np.testing.assert_allclose(PLAIN(f, x), y, rtol=1e-12)
+
+
+def test_two_branches_rewired_are_the_published_pair_form():
+    """y1 = x1 + F(x2), y2 = x2 + G(y1) with both streams equal at the start, output their mean (Re2TAL eq. 2)."""
+    with jax.enable_x64(True):
+        (f, g), (x, _) = make_chain(2), inputs()
+        y1 = x + f(x, key=None, aux=None)
+        y2 = x + g(y1, key=None, aux=None)
+        np.testing.assert_allclose(REWIRED([f, g], x), (y1 + y2) / 2, rtol=1e-12)
+
+
+def test_drop_path_differs_by_key_and_is_off_without():
+    with jax.enable_x64(True):
+        f, (x, _) = make_chain(6), inputs()
+        run = jax.jit(lambda key: REWIRED(f, x, key=key))
+        first, second = run(jax.random.key(0)), run(jax.random.key(1))
+        np.testing.assert_array_equal(first, run(jax.random.key(0)))
+        assert not np.allclose(first, second)
+        assert not np.allclose(first, REWIRED(f, x))
+
+
+def test_low_precision_branches_invert_bit_exactly_at_depth_48():
+    """Generic inputs and drop path; the control without the grid shows that the claim could fail."""
+    x, aux = inputs(64, jnp.float32)
+    branches = make_chain(48, dtype=jnp.bfloat16, alternate=True)
+    report = jax.jit(lambda b, x, key: diagnose_chain(REWIRED, b, x, key=key, aux=aux))
+    exact = report(branches, x, jax.random.key(5))
+    assert exact.reconstruction_error == 0
+    assert 1 < exact.largest_state < 1024
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("re2tal_jax.reversible.to_grid", lambda x: x)
+        control = jax.jit(lambda b, x, key: diagnose_chain(REWIRED, b, x, key=key, aux=aux))
+        assert control(branches, x, jax.random.key(5)).reconstruction_error > 1e-7
+
+
+def test_gradient_of_low_precision_branches_equals_plain_autodiff_bit_for_bit_in_the_input():
+    x, aux = inputs(16, jnp.float32)
+    branches = make_chain(6, dtype=jnp.bfloat16)
+    grad = {
+        reversible: jax.jit(jax.grad(lambda x, r=reversible: jnp.sum(Wiring(0.0, 1.0, r)(branches, x, aux=aux) ** 2)))(
+            x
+        )
+        for reversible in (True, False)
+    }
+    np.testing.assert_allclose(grad[True], grad[False], rtol=2e-2, atol=2e-2)
+
+
+def test_float32_branches_are_left_off_the_grid():
+    x, _ = inputs(dtype=jnp.float32)
+    f = make_chain(2, dtype=jnp.float32)
+    y = REWIRED(f, x)
+    assert not np.array_equal(np.asarray(y) * GRID * 2, np.round(np.asarray(y) * GRID * 2))
+    low = REWIRED(make_chain(2, dtype=jnp.bfloat16), x)
+    np.testing.assert_array_equal(np.asarray(low) * GRID * 2, np.round(np.asarray(low) * GRID * 2))
+
+
+def test_grid_rounds_to_the_nearest_step_and_passes_gradients_through():
+    x = jnp.asarray([0.3, -1.00004, 1000.00001], jnp.float32)
+    np.testing.assert_allclose(to_grid(x), x, atol=0.5 / GRID)
+    np.testing.assert_array_equal(jax.grad(lambda x: to_grid(x).sum())(x), jnp.ones(3))
+
+
+@dataclass(frozen=True)
+class RowTiles:
+    """Rows of the last-but-one axis, `size` at a time, as circular indexing from row `offset`."""
+
+    count: int
+    size: int
+    offset: int
+
+    def _rows(self, state, tile):
+        return (self.offset + tile * self.size + jnp.arange(self.size, dtype=jnp.int32)) % state.shape[-2]
+
+    def read(self, state, tile):
+        return state[..., self._rows(state, tile), :]
+
+    def write(self, state, value, tile):
+        return state.at[..., self._rows(state, tile), :].set(value)
+
+
+class Tiled(Residual):
+    """The same residual function, run on two rows at a time and told which."""
+
+    def tiles(self, shape):
+        return RowTiles(count=shape[-2] // 2, size=2, offset=1)
+
+    def __call__(self, x, *, key, aux, tile):
+        assert x.shape[-2] == 2
+        return super().__call__(x, key=key, aux=aux) + 0 * tile.astype(x.dtype)
+
+
+def test_tiles_in_place_give_the_values_and_gradients_of_whole_tensors():
+    with jax.enable_x64(True):
+        x = jax.random.normal(jax.random.key(1), (3, 6, WIDTH), jnp.float64)
+        rngs = [nnx.Rngs(7), nnx.Rngs(7)]
+        whole = [Residual(0.0, jnp.tanh, rngs=rngs[0]) for _ in range(5)]
+        tiled = [Tiled(0.0, jnp.tanh, rngs=rngs[1]) for _ in range(5)]
+
+        def value_and_grad(branches, reversible):
+            loss = lambda b, x: jnp.sum(jnp.sin(Wiring(0.2, 0.9, reversible)(b, x)))  # noqa: E731
+            return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(branches, x)
+
+        want = value_and_grad(whole, False)
+        assert_trees_close(value_and_grad(tiled, True), want, 1e-10)
+        assert_trees_close(value_and_grad(tiled, False), want, 1e-10)
+
+
+class Backbone(nnx.Module):
+    def __init__(self, wiring):
+        self.blocks = nnx.List(make_chain(4, dtype=jnp.float32))
+        self.wiring = wiring
+
+    def __call__(self, x):
+        return self.wiring(list(self.blocks), x)
+
+
+def test_rewire_there_and_back_shares_parameters():
+    plain = Backbone(PLAIN)
+    rewired = rewire(plain)
+    x, _ = inputs(dtype=jnp.float32)
+    assert not np.allclose(plain(x), rewired(x))
+    np.testing.assert_array_equal(rewire(rewired, PLAIN)(x), plain(x))
+    np.testing.assert_array_equal(rewired(x), Backbone(REWIRED)(x))
+    assert plain.wiring == PLAIN
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(rewired), strict=True):
+        assert a is b
+
+
+def test_coefficients_may_be_traced_without_compiling_again():
+    module = Backbone(REWIRED)
+    x, _ = inputs(dtype=jnp.float32)
+    run = jax.jit(lambda alpha: rewire(module, Wiring(alpha, 1 - alpha, True))(x))
+    first, second = run(jnp.float32(0.1)), run(jnp.float32(0.2))
+    assert run._cache_size() == 1
+    assert not np.allclose(first, second)
+
+
+def test_diagnose_reports_every_chain_of_a_module():
+    x, _ = inputs(dtype=jnp.float32)
+    (record,) = diagnose(Backbone(PLAIN), x, wiring=REWIRED)
+    assert 0 < record.reconstruction_error < 1e-5
+    assert record.largest_state >= float(jnp.abs(x).max())
+
+
+def test_rewiring_what_has_no_chain_is_refused():
+    with pytest.raises(ValueError, match="no attribute `wiring`"):
+        rewire(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
+
+
+def test_beta_zero_has_no_inverse():
+    with pytest.raises(ValueError, match="beta = 0 has no inverse"):
+        Wiring(1.0, 0.0, True)(make_chain(1, dtype=jnp.float32), jnp.ones((1, WIDTH)))
