@@ -11,7 +11,7 @@ themselves follow what the decoder reports (`total_frames`). Seconds and frames 
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -49,6 +49,16 @@ def _require(value: float, least: float, name: str) -> None:
         raise ConfigError(f"{name} = {value} is too small; at least {least} is needed.")
 
 
+class Sample(NamedTuple):
+    """What a policy decides about a window: frame numbers, valid snippets, segments and labels in it, and its line."""
+
+    frames: np.ndarray
+    valid: int
+    segments: np.ndarray
+    labels: np.ndarray
+    grid: SnippetGrid
+
+
 @dataclass(frozen=True, kw_only=True)
 class Policy(ABC):
     """What every policy has: T = `num_snippets` on the localizer's grid, each of `frames_per_snippet` frames."""
@@ -61,52 +71,56 @@ class Policy(ABC):
         _require(self.frames_per_snippet, 1, "frames_per_snippet")
 
     def num_windows(self, record: VideoRecord, total_frames: int | None = None) -> int:
-        """Return how many windows the video has; `total_frames` counts only where the annotation gives no frames."""
+        """Return how many windows the video has; `total_frames` counts only where the annotation gives no frames.
+
+        Raises:
+            DataError: a sliding window, and neither of the two tells the number of frames.
+        """
         del record, total_frames
         return 1
 
-    @abstractmethod
     def window(
         self, record: VideoRecord, total_frames: int, index: int = 0, *, rng: RandomSource | None = None
     ) -> Window:
-        """Return window `index` of the video.
+        """Return window `index` of the video, 0 <= index < num_windows(record).
 
-        Args:
-            record: the annotation of the video.
-            total_frames: how many frames the decoder reports.
-            index: 0 <= index < num_windows(record).
-            rng: needed by `RandomTrunc` alone.
+        `total_frames` is what the decoder reports; `rng` is needed by `RandomTrunc` alone.
 
         Raises:
-            DataError: the video has no frame in this window.
+            DataError: the video has no frame in this window, or does not fit it (padding).
         """
+        if total_frames < 1:
+            raise DataError(f"Video {record.video_id!r} has {total_frames} frames; at least one is needed.")
+        sample = self._sample(record, total_frames, index, rng)
+        return Window(
+            video_id=record.video_id,
+            frame_indices=sample.frames,
+            num_snippets=self.num_snippets,
+            num_valid_snippets=sample.valid,
+            gt_segments=sample.segments.astype(np.float32),
+            gt_labels=sample.labels.astype(np.int32),
+            grid=sample.grid,
+        )
+
+    @abstractmethod
+    def _sample(self, record: VideoRecord, total_frames: int, index: int, rng: RandomSource | None) -> Sample:
+        """Decide about window `index`; `total_frames` is at least one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Resize(Policy):
-    """The whole video as T snippets, its frames spread evenly: the ActivityNet recipe."""
+    """The whole video as T snippets, its frames spread evenly, segments clipped to [0, T]: the ActivityNet recipe."""
 
-    def window(
-        self, record: VideoRecord, total_frames: int, index: int = 0, *, rng: RandomSource | None = None
-    ) -> Window:
-        """Return the video on T snippets, all of them valid; segments are clipped to [0, T]."""
-        del index, rng
-        _check_frames(record, total_frames)
-        segments = np.clip(record.segments_sec.astype(np.float32) / np.float32(record.duration_sec), 0, 1)
+    def _sample(self, record: VideoRecord, total_frames: int, index: int, rng: RandomSource | None) -> Sample:
+        frames = spread_frames(total_frames, self.num_snippets * self.frames_per_snippet)
+        shares = np.clip(record.segments_sec.astype(np.float32) / np.float32(record.duration_sec), 0, 1)
+        segments = shares * np.float32(self.num_snippets)
         grid = SnippetGrid(
             start_sec=0.0,
             seconds_per_snippet=record.duration_sec / self.num_snippets,
             duration_sec=record.duration_sec,
         )
-        return Window(
-            video_id=record.video_id,
-            frame_indices=spread_frames(total_frames, self.num_snippets * self.frames_per_snippet),
-            num_snippets=self.num_snippets,
-            num_valid_snippets=self.num_snippets,
-            gt_segments=segments * np.float32(self.num_snippets),
-            gt_labels=record.labels.astype(np.int32),
-            grid=grid,
-        )
+        return Sample(frames, self.num_snippets, segments, record.labels, grid)
 
 
 def spread_frames(total_frames: int, count: int) -> np.ndarray:
@@ -170,8 +184,9 @@ class StridedPolicy(Policy):
         valid = min(max((last - first) // self.frames_per_snippet, 1), self.num_snippets)
         return np.clip(frames, 0, total_frames - 1).astype(np.int64), valid
 
-    def grid(self, record: VideoRecord, fps: float, start_frame: float) -> SnippetGrid:
-        """Return the line of snippets that starts at `start_frame`."""
+    def grid(self, record: VideoRecord, fps: float, first: int) -> SnippetGrid:
+        """Return the line of snippets that starts at position `first`."""
+        start_frame = first * self.snippet_stride / self.frames_per_snippet
         return SnippetGrid(
             start_sec=(start_frame + self.offset_frames) / fps,
             seconds_per_snippet=self.snippet_stride / fps,
@@ -183,16 +198,7 @@ class StridedPolicy(Policy):
 class Padding(StridedPolicy):
     """The whole video from frame 0, filled up to T snippets; a video longer than that is refused."""
 
-    def window(
-        self, record: VideoRecord, total_frames: int, index: int = 0, *, rng: RandomSource | None = None
-    ) -> Window:
-        """Return the whole video.
-
-        Raises:
-            DataError: it has more than T snippets.
-        """
-        del index, rng
-        _check_frames(record, total_frames)
+    def _sample(self, record: VideoRecord, total_frames: int, index: int, rng: RandomSource | None) -> Sample:
         length = self.positions_in(total_frames)
         if length > self.num_positions:
             raise DataError(
@@ -201,15 +207,7 @@ class Padding(StridedPolicy):
             )
         fps = frame_rate(record, total_frames)
         frames, valid = self.frames(record, total_frames, 0, length)
-        return Window(
-            video_id=record.video_id,
-            frame_indices=frames,
-            num_snippets=self.num_snippets,
-            num_valid_snippets=valid,
-            gt_segments=self.segments_in_snippets(record, fps),
-            gt_labels=record.labels.astype(np.int32),
-            grid=self.grid(record, fps, 0.0),
-        )
+        return Sample(frames, valid, self.segments_in_snippets(record, fps), record.labels, self.grid(record, fps, 0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,14 +228,9 @@ class RandomTrunc(StridedPolicy):
         if self.crop_ratio is not None and not 0 < self.crop_ratio[0] <= self.crop_ratio[1] <= 1:
             raise ConfigError(f"crop_ratio = {self.crop_ratio} must be (low, high) with 0 < low <= high <= 1, or None.")
 
-    def window(
-        self, record: VideoRecord, total_frames: int, index: int = 0, *, rng: RandomSource | None = None
-    ) -> Window:
-        """Return a random stretch of the video; it holds a segment whenever the video has one."""
-        del index
+    def _sample(self, record: VideoRecord, total_frames: int, index: int, rng: RandomSource | None) -> Sample:
         if rng is None:
             raise ConfigError("random_trunc needs a random generator: pass rng=numpy.random.default_rng(seed).")
-        _check_frames(record, total_frames)
         fps = frame_rate(record, total_frames)
         segments = self.segments_in_snippets(record, fps) * np.float32(self.frames_per_snippet)
         length = self.positions_in(total_frames)
@@ -247,15 +240,8 @@ class RandomTrunc(StridedPolicy):
         else:
             start, segments, kept = self._draw_start(segments, length, size, rng)
         frames, valid = self.frames(record, total_frames, start, start + size)
-        return Window(
-            video_id=record.video_id,
-            frame_indices=frames,
-            num_snippets=self.num_snippets,
-            num_valid_snippets=valid,
-            gt_segments=(segments[kept] - np.float32(start)) / np.float32(self.frames_per_snippet),
-            gt_labels=record.labels[kept].astype(np.int32),
-            grid=self.grid(record, fps, start * self.snippet_stride / self.frames_per_snippet),
-        )
+        segments = (segments[kept] - np.float32(start)) / np.float32(self.frames_per_snippet)
+        return Sample(frames, valid, segments, record.labels[kept], self.grid(record, fps, start))
 
     def _draw_size(self, length: int, rng: RandomSource) -> int:
         """Return how many positions the stretch has; only a video that fits and may be cropped costs a draw."""
@@ -345,59 +331,37 @@ class SlidingWindow(StridedPolicy):
         return [(s, s + self.num_snippets) for s in starts] + [(last, total)]
 
     def num_windows(self, record: VideoRecord, total_frames: int | None = None) -> int:
-        """Return the number of windows.
-
-        Raises:
-            DataError: neither annotation nor `total_frames` tells the number of frames.
-        """
+        """Return how many windows cover the video, or hold a segment if that is required."""
         return len(self._windows(record, total_frames))
 
-    def window(
-        self, record: VideoRecord, total_frames: int, index: int = 0, *, rng: RandomSource | None = None
-    ) -> Window:
-        """Return window `index` in order of time."""
-        del rng
-        _check_frames(record, total_frames)
-        first, last, segments, labels = self._windows(record, total_frames)[index]
-        fps = frame_rate(record, total_frames)
+    def _sample(self, record: VideoRecord, total_frames: int, index: int, rng: RandomSource | None) -> Sample:
+        (first, last), segments, labels = self._windows(record, total_frames)[index]
         scale = self.frames_per_snippet
         frames, valid = self.frames(record, total_frames, first * scale, last * scale)
-        return Window(
-            video_id=record.video_id,
-            frame_indices=frames,
-            num_snippets=self.num_snippets,
-            num_valid_snippets=valid,
-            gt_segments=segments,
-            gt_labels=labels,
-            grid=self.grid(record, fps, first * self.snippet_stride),
-        )
+        grid = self.grid(record, frame_rate(record, total_frames), first * scale)
+        return Sample(frames, valid, segments, labels, grid)
 
-    def _windows(self, record: VideoRecord, total_frames: int | None) -> list[tuple[int, int, np.ndarray, np.ndarray]]:
-        """Return (first, last + 1, segments in snippets of the window, labels) of the windows that count."""
+    def _windows(
+        self, record: VideoRecord, total_frames: int | None
+    ) -> list[tuple[tuple[int, int], np.ndarray, np.ndarray]]:
+        """Return ((first, last + 1) snippet, segments in snippets of the window, labels) of the windows that count."""
         num_frames = annotated_frames(record) or total_frames
         if not num_frames:
             raise DataError(
                 f"Video {record.video_id!r}: its annotation gives neither frames nor fps, so its windows are unknown "
                 "until the video is opened; pass total_frames."
             )
-        fps = frame_rate(record, num_frames)
-        frames = (record.segments_sec * fps).astype(np.float32).astype(np.float64)
-        labels = record.labels.astype(np.int32)
+        segments = (record.segments_sec * frame_rate(record, num_frames)).astype(np.float32).astype(np.float64)
         windows = []
         for first, last in self.snippet_ranges(num_frames):
-            # the end is the last snippet's first frame, as published: a window is one stride shorter for its targets
+            # targets end at the last snippet's first frame, as published: one stride before the window does
             start, end = first * self.snippet_stride, (last - 1) * self.snippet_stride
-            clipped, inside = clip_segments(frames, start, end)
+            clipped, inside = clip_segments(segments, start, end)
             kept = inside > self.min_overlap
             if kept.any() or not self.require_segment:
-                segments = (clipped[kept] - start - self.offset_frames) / self.snippet_stride
-                windows.append((first, last, segments.astype(np.float32), labels[kept]))
+                in_window = (clipped[kept] - start - self.offset_frames) / self.snippet_stride
+                windows.append(((first, last), in_window, record.labels[kept]))
         return windows
-
-
-def _check_frames(record: VideoRecord, total_frames: int) -> None:
-    if total_frames < 1:
-        raise DataError(f"Video {record.video_id!r} has {total_frames} frames; at least one is needed.")
 
 
 POLICIES = Registry(
