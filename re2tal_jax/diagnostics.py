@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from re2tal_jax.reversible import Branch, State, Wiring, make_links, on_grid, rewire, step, step_back
+from re2tal_jax.reversible import Branch, State, Wiring, make_runs, rewire, scan_run, step, step_back
 
 
 class ChainDiagnostics(NamedTuple):
@@ -25,18 +25,28 @@ def diagnose_chain(
     wiring: Wiring, branches: Sequence[Branch], x: State, *, key: PRNGKeyArray | None = None, aux: Any = None
 ) -> ChainDiagnostics:
     """Run a chain forward and back as training does, and compare what comes back with what went in."""
-    links = make_links(branches, key)
-    x = on_grid(links, x, aux)
+    repeats, runs, x = make_runs(branches, x, key, aux)
     alpha, beta = jnp.asarray(wiring.alpha, x.dtype), jnp.asarray(wiring.beta, x.dtype)
-    states, largest = (x, x), jnp.max(jnp.abs(x))
-    for link in links:
-        states = step(states, link, alpha, beta, aux)
-        largest = jnp.maximum(largest, jnp.max(jnp.abs(states[0])))
-    # Otherwise a compiler might see that the way back undoes the way forward.
-    states = jax.lax.optimization_barrier(states)
-    zeros = (jnp.zeros_like(x), jnp.zeros_like(x))
-    for link in reversed(links):
-        states, _, _ = step_back(states, zeros, link, alpha, beta, aux)
+
+    def forward(carry, run):
+        states, largest = carry
+        for link in run:
+            states = step(states, link, alpha, beta, aux)
+            largest = jnp.maximum(largest, jnp.max(jnp.abs(states[0])))
+        return (states, largest), None
+
+    def back(states, run):
+        for link in reversed(run):
+            states, _, _ = step_back(states, (jnp.zeros_like(x), jnp.zeros_like(x)), link, alpha, beta, aux)
+        return states, None
+
+    carry = (x, x), jnp.max(jnp.abs(x))
+    for count, run in zip(repeats, runs, strict=True):
+        carry, _ = scan_run(count, forward, carry, run)
+    states, largest = carry
+    states = jax.lax.optimization_barrier(states)  # a compiler may not see that the way back undoes the way forward
+    for count, run in reversed(list(zip(repeats, runs, strict=True))):
+        states, _ = scan_run(count, back, states, run, reverse=True)
     error = jnp.max(jnp.stack([jnp.max(jnp.abs(state - x)) for state in states]))
     return ChainDiagnostics(error, largest)
 

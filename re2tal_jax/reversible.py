@@ -82,11 +82,8 @@ class Wiring:
         """
         if self.reversible and isinstance(self.beta, int | float) and self.beta == 0:
             raise ValueError("beta = 0 has no inverse; allowed: beta > 0, or reversible=False (the wiring PLAIN).")
-        links = make_links(branches, key)
-        plan = find_runs(branches)
-        x = on_grid([links[i] for run in plan for i in run.pattern], x, aux)
+        repeats, runs, x = make_runs(branches, x, key, aux)
         alpha, beta = jnp.asarray(self.alpha, x.dtype), jnp.asarray(self.beta, x.dtype)
-        repeats, runs = tuple(run.repeats for run in plan), tuple(stack_run(links, run) for run in plan)
         last, before = (_reversible_chain if self.reversible else _chain)(repeats, runs, x, alpha, beta, aux)
         return (last + beta * before) / (1 + beta)
 
@@ -111,12 +108,6 @@ def rewire(module: M, wiring: Wiring = REWIRED) -> M:
 
 
 # ---- One step, forward and back. A link is a branch with its key; a branch without tiles is one tile.
-
-
-def make_links(branches: Sequence[Branch], key: PRNGKeyArray | None) -> list[tuple[Branch, Any]]:
-    """Pair each branch with a key of its own."""
-    keys = [None] * len(branches) if key is None else list(jax.random.split(key, len(branches)))
-    return list(zip(branches, keys, strict=True))
 
 
 def step(states: Any, link: Any, alpha: Array, beta: Array, aux: Any) -> Any:
@@ -184,8 +175,8 @@ def to_grid(x: State) -> State:
 to_grid.defjvp(lambda primals, tangents: (to_grid(*primals), tangents[0]))
 
 
-def on_grid(links: Any, x: State, aux: Any) -> State:
-    """Return the start of a chain: on the grid if one of its branches computes in less than the state's precision."""
+def _is_narrow(link: Any, x: State, aux: Any) -> bool:
+    """Tell whether a branch computes in less than the precision of the state x."""
 
     def result(link, x, aux):
         branch, key = link
@@ -194,7 +185,7 @@ def on_grid(links: Any, x: State, aux: Any) -> State:
         first = jnp.zeros((), jnp.int32)
         return branch(branch.tiles(x.shape).read(x, first), key=key, aux=aux, tile=first)
 
-    return to_grid(x) if any(_is_narrower(jax.eval_shape(result, link, x, aux), x) for link in links) else x
+    return _is_narrower(jax.eval_shape(result, link, x, aux), x)
 
 
 def _is_narrower(result: Any, state: Any) -> bool:
@@ -202,6 +193,16 @@ def _is_narrower(result: Any, state: Any) -> bool:
 
 
 # ---- The chain and its derivative. A run is a tuple of links, with leaves stacked if the pattern repeats.
+
+
+def make_runs(branches: Sequence[Branch], x: State, key: PRNGKeyArray | None, aux: Any) -> tuple[Any, Any, State]:
+    """Return how often each run repeats, the runs, and the start: on the grid if some branch has low precision."""
+    keys = [None] * len(branches) if key is None else list(jax.random.split(key, len(branches)))
+    links = list(zip(branches, keys, strict=True))
+    plan = find_runs(branches)
+    if any(_is_narrow(links[i], x, aux) for run in plan for i in run.pattern):
+        x = to_grid(x)
+    return tuple(run.repeats for run in plan), tuple(stack_run(links, run) for run in plan), x
 
 
 def _chain(repeats: tuple[int, ...], runs: Any, x: State, alpha: Array, beta: Array, aux: Any) -> Any:
@@ -214,7 +215,7 @@ def _chain(repeats: tuple[int, ...], runs: Any, x: State, alpha: Array, beta: Ar
 
     states = (x, x)
     for count, run in zip(repeats, runs, strict=True):
-        states, _ = _scan(count, body, states, run)
+        states, _ = scan_run(count, body, states, run)
     return states
 
 
@@ -240,7 +241,7 @@ def _chain_backward(repeats: tuple[int, ...], residuals: Any, dstates: Any) -> A
     carry = states, dstates, jax.tree.map(jnp.zeros_like, _differentiable((alpha, beta, aux)))
     druns = []
     for count, run in reversed(list(zip(repeats, runs, strict=True))):
-        carry, dlinks = _scan(count, body, carry, run, reverse=True)
+        carry, dlinks = scan_run(count, body, carry, run, reverse=True)
         druns.append(dlinks)
     _, (dlast, dbefore), dshared = carry
     return (tuple(reversed(druns)), dlast + dbefore, *dshared)
@@ -250,7 +251,8 @@ _reversible_chain = jax.custom_vjp(_chain, nondiff_argnums=(0,))
 _reversible_chain.defvjp(_chain_forward, _chain_backward)
 
 
-def _scan(count: int, body: Any, carry: Any, run: Any, reverse: bool = False) -> Any:
+def scan_run(count: int, body: Any, carry: Any, run: Any, reverse: bool = False) -> Any:
+    """Apply body(carry, links) to every copy of a run's pattern."""
     return lax.scan(body, carry, run, reverse=reverse) if count > 1 else body(carry, run)
 
 
