@@ -1,0 +1,146 @@
+"""A detector of two linear layers and a loader of random clips, with the interfaces of the real ones."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from re2tal_jax.training.optim import Duration, OptimConfig, Rule, Schedule, make_optimizer
+from re2tal_jax.training.sharding import MeshConfig, make_mesh
+from re2tal_jax.training.state import StateSpec, describe_model, describe_state
+from re2tal_jax.types import Batch
+
+B, T, FRAMES_PER_SNIPPET, HW, C, N, K = 8, 6, 2, 4, 16, 3, 2
+VIDEOS = tuple(f"video_{i}" for i in range(40))
+
+
+class Backbone(nnx.Module):
+    """Mean over space and the frames of a snippet, then Linear and LayerNorm."""
+
+    def __init__(self, width: int, rngs: nnx.Rngs):
+        self.proj = nnx.Linear(3, width, rngs=rngs)
+        self.norm = nnx.LayerNorm(width, rngs=rngs)
+
+    def __call__(self, video: jax.Array) -> jax.Array:
+        x = video.reshape(video.shape[0], -1, FRAMES_PER_SNIPPET, *video.shape[2:]).mean((2, 3, 4))
+        return jnp.tanh(self.norm(self.proj(x / 255.0)))
+
+
+class Localizer(nnx.Module):
+    """One score per snippet and class."""
+
+    def __init__(self, width: int, rngs: nnx.Rngs):
+        self.head = nnx.Linear(width, K, rngs=rngs)
+
+    def __call__(self, features: jax.Array) -> jax.Array:
+        return self.head(features)
+
+
+class StandIn(nnx.Module):
+    """Squared error against which snippets lie in a segment, with dropout from the given key."""
+
+    def __init__(self, width: int = C, rate: float = 0.2, *, rngs: nnx.Rngs):
+        self.rate = rate
+        self.backbone, self.localizer = Backbone(width, rngs), Localizer(width, rngs)
+
+    def initial_state(self) -> dict[str, jax.Array]:
+        return {"loss_normalizer": jnp.asarray(10.0)}
+
+    def loss(self, video, batch: Batch, localizer_state, *, key):
+        video = video * batch.frame_size[:, 0, None, None, None, None] / HW
+        features = self.backbone(video)
+        if key is not None and self.rate:
+            features = jnp.where(jax.random.bernoulli(key, 1 - self.rate, features.shape), features, 0.0)
+        times = jnp.arange(video.shape[1] // FRAMES_PER_SNIPPET, dtype=jnp.float32)[None, :, None]
+        inside = (times >= batch.gt_segments[:, None, :, 0]) & (times < batch.gt_segments[:, None, :, 1])
+        target = (inside & batch.gt_mask[:, None]).any(-1)
+        squares = (self.localizer(features) - target[..., None].astype(jnp.float32)) ** 2
+        normalizer = 0.9 * localizer_state["loss_normalizer"] + 0.1 * target.sum().astype(jnp.float32)
+        return {"total": squares.mean(), "normalizer": normalizer}, {"loss_normalizer": normalizer}
+
+    def predict(self, video, mask):
+        scores = self.localizer(self.backbone(video))
+        starts = jnp.broadcast_to(jnp.arange(scores.shape[1], dtype=jnp.float32), scores.shape[:2])
+        return jnp.stack([starts, starts + 1], -1), scores, mask
+
+
+def preprocess(batch: Batch, key) -> tuple[jax.Array, Batch]:
+    video = batch.video.astype(jnp.float32)
+    if key is not None:
+        video = video + jax.random.normal(key, (video.shape[0], 1, 1, 1, 1))
+    return video, batch
+
+
+class Loader:
+    """Endless batches; batch i depends on the seed and i alone. `poison` gives that batch impossible targets."""
+
+    steps_per_epoch = 5
+
+    def __init__(self, size: int = B, seed: int = 0, poison: int | None = None, before: Callable[[int], None] = id):
+        self.size, self.seed, self.poison, self.before, self.position = size, seed, poison, before, 0
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        self.before(self.position)
+        rng = np.random.default_rng([self.seed, self.position])
+        starts = rng.uniform(0, T - 2, (self.size, N, 1)).astype(np.float32)
+        batch = {
+            "video": rng.integers(0, 255, (self.size, T * FRAMES_PER_SNIPPET, HW, HW, 3), dtype=np.uint8),
+            "frame_size": np.full((self.size, 2), HW, np.float32),
+            "mask": np.ones((self.size, T), bool),
+            "gt_segments": np.concatenate([starts, starts + 2], -1),
+            "gt_labels": rng.integers(0, K, (self.size, N)).astype(np.int32),
+            "gt_mask": rng.random((self.size, N)) < 0.7,
+            "window": rng.permutation(len(VIDEOS))[: self.size].astype(np.int32),
+        }
+        if self.position == self.poison:
+            batch["frame_size"][0] = np.nan
+        self.position += 1
+        return batch
+
+    def get_state(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        self.position = state["position"]
+
+
+RULES = (
+    Rule(name="frozen", pattern=r"^backbone\.norm\.", lr=1e-2, weight_decay=0.1, frozen=True),
+    Rule(name="backbone", pattern=r"^backbone\.", lr=1e-2, weight_decay=0.1),
+    Rule(name="localizer", pattern=r"", lr=3e-2, weight_decay=0.0),
+)
+
+
+def optim_config(**changes) -> OptimConfig:
+    schedule = Schedule(warmup=Duration(steps=4), length=Duration(steps=40))
+    return OptimConfig(**{"schedule": schedule, **changes})
+
+
+def make_spec(
+    mesh_config: MeshConfig | None = None,
+    *,
+    devices: int = 1,
+    width: int = C,
+    rate: float = 0.2,
+    seed: int = 0,
+    **optim,
+) -> tuple[StateSpec, Mesh]:
+    """Everything `train` needs of a model, on the first `devices` devices."""
+    mesh_config = mesh_config or MeshConfig()
+    mesh = make_mesh(mesh_config, jax.devices()[:devices])
+    model = describe_model(lambda: StandIn(width, rate, rngs=nnx.Rngs(seed)))
+    optimizer = make_optimizer(optim_config(**optim), RULES, model.shapes, Loader.steps_per_epoch)
+    return describe_state(model, optimizer, mesh, mesh_config), mesh
+
+
+def read_jsonl(path: Path) -> list[dict[str, float]]:
+    import json
+
+    return [json.loads(line) for line in path.read_text().splitlines()]
