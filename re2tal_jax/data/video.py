@@ -1,0 +1,286 @@
+"""Video files to uint8 frames: decord reads, PyAV takes over where decord fails.
+
+Frames are resized while they are decoded, both readers by the same bilinear filter, so that their pixels are equal.
+Every call opens the file anew in the calling process: a decord reader that is shared between threads or inherited by
+a forked process ends the process. What cannot be read is a `DataError` that names the file; callers add the video id.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import av
+import av.filter
+import decord
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+
+from re2tal_jax.errors import ConfigError, DataError
+
+decord.logging.set_level(decord.logging.QUIET)  # its lines would go to stderr beside our own errors
+
+Crop = Literal["squeeze", "center"]
+Reader = Literal["auto", "decord", "pyav"]
+
+TAIL_FRAMES = 16
+"""Containers may count some frames more than can be decoded: so many at the end are replaced by the last good one."""
+
+_TRANSPOSE = {0: (), 90: ("2",), -90: ("1",), 180: ("1", "1"), -180: ("1", "1")}
+"""Display rotation in degrees, counter-clockwise, to arguments of ffmpeg's transpose filter."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoInfo:
+    """What a file says about its video: frames, mean frames per second, seconds, and pixels as displayed (rotated)."""
+
+    num_frames: int
+    fps: float
+    duration_sec: float
+    height: int
+    width: int
+
+
+def probe(path: str | Path) -> VideoInfo:
+    """Return frames, rate, duration and displayed size of a video file, from its header where that is enough.
+
+    The frame count is the container's; formats that keep none are demuxed to count. A truncated file whose header is
+    whole reports the frames it once had.
+
+    Raises:
+        DataError: the file is missing, empty, no video, audio only, or its header is damaged.
+    """
+    with _open(path) as container:
+        stream = container.streams.video[0]
+        num_frames = stream.frames
+        rate = stream.average_rate or stream.guessed_rate
+        duration = _duration(container, stream)
+        height, width = stream.height, stream.width
+        if abs(_rotation(container, stream)) == 90:
+            height, width = width, height
+    if not num_frames:
+        num_frames = len(_timestamps(path)[0])
+    if not num_frames or not height or not width:
+        raise DataError(f"{path}: the video stream holds no frames. Download or encode the file again.")
+    if rate is None:
+        rate = num_frames / duration if duration else 0.0
+    if duration is None and rate:
+        duration = num_frames / float(rate)
+    if not rate or not duration:
+        raise DataError(f"{path}: the file tells neither frame rate nor duration. Encode it again as mp4.")
+    return VideoInfo(
+        num_frames=num_frames, fps=float(rate), duration_sec=float(duration), height=int(height), width=int(width)
+    )
+
+
+def read_frames(
+    path: str | Path,
+    frame_indices: Sequence[int] | Int[np.ndarray, " F"],
+    height: int,
+    width: int,
+    *,
+    crop: Crop = "squeeze",
+    reader: Reader = "auto",
+    info: VideoInfo | None = None,
+) -> UInt8[np.ndarray, "F H W 3"]:
+    """Return the frames of these numbers (from 0, in any order, repeats allowed) as RGB of one size.
+
+    Each different frame is decoded once. `squeeze` scales to (height, width) whatever the source's proportions;
+    `center` keeps them: the source is scaled until it just covers (height, width), and the centre is cut out.
+
+    A file that is truncated or damaged in the middle gives the frames before the fault (through PyAV); asking for
+    later ones is an error, except that up to `TAIL_FRAMES` at a video's end repeat the last frame that can be decoded.
+
+    Args:
+        reader: `auto` is decord with PyAV where decord fails; the other two are for tests and benchmarks.
+        info: what `probe` returned for this file, to spare probing it again.
+
+    Raises:
+        DataError: as `probe`; a frame number outside the video; frames that cannot be decoded.
+    """
+    if crop not in ("squeeze", "center"):
+        raise ConfigError(f"crop = {crop!r} is not allowed. Allowed: 'squeeze', 'center'.")
+    info = info or probe(path)
+    indices = np.asarray(frame_indices, np.int64)
+    if indices.ndim != 1 or not indices.size or indices.min() < 0 or indices.max() >= info.num_frames:
+        span = f"{indices.min()}..{indices.max()}" if indices.size else "none"
+        raise DataError(
+            f"{path}: asked for frames {span}, but the video has {info.num_frames} (0..{info.num_frames - 1}). "
+            "Sample with the frame count of the file (video.probe), not of the annotation."
+        )
+    unique, inverse = np.unique(indices, return_inverse=True)
+    size = (height, width) if crop == "squeeze" else _covering_size(info, height, width)
+    frames = _read(path, unique, size, reader)
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    frames = frames[:, top : top + height, left : left + width]
+    in_order = len(unique) == len(indices) and np.array_equal(unique, indices)
+    return np.ascontiguousarray(frames) if in_order else frames[inverse]
+
+
+def source_size(info: VideoInfo, height: int, width: int, crop: Crop) -> tuple[float, float]:
+    """Return (height, width), in source pixels, of the part of the picture that `read_frames` shows."""
+    if crop == "squeeze":
+        return float(info.height), float(info.width)
+    scale = max(height / info.height, width / info.width)
+    return height / scale, width / scale
+
+
+def frame_times(path: str | Path) -> Float[np.ndarray, " F"]:
+    """Return the second at which each frame comes on the screen, in order; exact for variable frame rates.
+
+    Raises:
+        DataError: as `probe`, or a format that stores no timestamps.
+    """
+    pts, time_base, start_sec = _timestamps(path)
+    if not len(pts):
+        raise DataError(f"{path}: the file stores no timestamps. Encode it again as mp4.")
+    return pts * time_base - start_sec
+
+
+def seconds_to_frames(seconds: Float[np.ndarray, "*N"], times_sec: Float[np.ndarray, " F"]) -> Int[np.ndarray, "*N"]:
+    """Return the number of the frame that is on the screen at each time, given `frame_times`; clipped to the video."""
+    return np.clip(np.searchsorted(times_sec, seconds, side="right") - 1, 0, len(times_sec) - 1)
+
+
+def _read(
+    path: str | Path, unique: Int[np.ndarray, " F"], size: tuple[int, int], reader: Reader
+) -> UInt8[np.ndarray, "F H W 3"]:
+    if reader != "pyav":
+        try:
+            return _read_decord(path, unique, size)
+        except (decord.DECORDError, IndexError):
+            if reader == "decord":
+                raise
+    return _read_pyav(path, unique, size)
+
+
+def _read_decord(path: str | Path, unique: Int[np.ndarray, " F"], size: tuple[int, int]) -> np.ndarray:
+    # One thread: more did not help, loading is parallel over processes.
+    video = decord.VideoReader(str(path), height=size[0], width=size[1], num_threads=1)
+    if unique[-1] >= len(video):
+        raise IndexError(f"decord counts {len(video)} frames in {path}")
+    return video.get_batch(unique).asnumpy()
+
+
+def _read_pyav(path: str | Path, unique: Int[np.ndarray, " F"], size: tuple[int, int]) -> np.ndarray:
+    wanted = set(unique.tolist())
+    found: dict[int, np.ndarray] = {}
+    last = -1
+    with _open(path) as container:
+        stream = container.streams.video[0]
+        convert: _Converter | None = None
+        for number, frame in _decode_from(path, container, stream, int(unique[0])):
+            last = number
+            if number in wanted and number not in found:
+                convert = convert or _Converter(stream, frame, size)
+                found[number] = convert(frame)
+            if number >= unique[-1]:
+                break
+    missing = [n for n in unique.tolist() if n not in found]
+    if missing:
+        _fill_tail(path, found, missing, last)
+    return np.stack([found[n] for n in unique.tolist()])
+
+
+def _fill_tail(path: str | Path, found: dict[int, np.ndarray], missing: list[int], last: int) -> None:
+    """Repeat the last frame for up to TAIL_FRAMES missing at the end, or raise."""
+    good = max(found, default=-1)
+    if good < 0 or missing[0] < good or missing[-1] - last > TAIL_FRAMES:
+        raise DataError(
+            f"{path}: frames {missing[0]}..{missing[-1]} cannot be decoded, the last good one is {last}: the file is "
+            "truncated or damaged. Download or encode it again, or let the loader skip it (on_error='skip')."
+        )
+    for number in missing:
+        found[number] = found[good]
+
+
+def _decode_from(path: str | Path, container: av.container.InputContainer, stream, first: int) -> Iterator:
+    """Yield (number, frame) from a key frame at or before frame `first` until the end or the first fault."""
+    pts, _, _ = _timestamps(path)
+    if first and first < len(pts):
+        container.seek(int(pts[first]), stream=stream, backward=True)
+    count = -1
+    try:
+        for frame in container.decode(stream):
+            known = len(pts) and frame.pts is not None
+            count = int(np.searchsorted(pts, frame.pts)) if known else count + 1
+            yield count, frame
+    except av.error.FFmpegError:
+        return
+
+
+class _Converter:
+    """Rotate, scale and convert decoded frames by the filters (and flags) that decord uses."""
+
+    def __init__(self, stream, frame: av.VideoFrame, size: tuple[int, int]):
+        graph = av.filter.Graph()
+        source = graph.add_buffer(
+            width=frame.width, height=frame.height, format=frame.format, time_base=stream.time_base
+        )
+        nodes = [source]
+        nodes += [graph.add("transpose", turn) for turn in _TRANSPOSE.get(frame.rotation, ())]
+        nodes.append(graph.add("scale", f"{size[1]}:{size[0]}:flags=bilinear"))
+        nodes.append(graph.add("format", "pix_fmts=rgb24"))
+        nodes.append(graph.add("buffersink"))
+        for before, after in itertools.pairwise(nodes):
+            before.link_to(after)
+        graph.configure()
+        self._graph = graph
+
+    def __call__(self, frame: av.VideoFrame) -> UInt8[np.ndarray, "H W 3"]:
+        self._graph.push(frame)
+        return self._graph.pull().to_ndarray()
+
+
+def _open(path: str | Path) -> av.container.InputContainer:
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path}: there is no such video file. Check the data set's video folder and file names.")
+    if not path.stat().st_size:
+        raise DataError(f"{path}: the video file is empty. Download it again.")
+    try:
+        container = av.open(str(path))
+    except (av.error.FFmpegError, OSError) as error:
+        raise DataError(
+            f"{path}: not readable as a video ({error.strerror}): truncated, damaged, or another kind of file. "
+            "Download or encode it again."
+        ) from error
+    if not container.streams.video:
+        container.close()
+        raise DataError(f"{path}: the file holds no video stream (audio only?). Get the file with its video.")
+    return container
+
+
+def _rotation(container: av.container.InputContainer, stream) -> int:
+    try:
+        return next(container.decode(stream)).rotation
+    except (av.error.FFmpegError, StopIteration):
+        return 0
+
+
+def _duration(container: av.container.InputContainer, stream) -> float | None:
+    if stream.duration:
+        return float(stream.duration * stream.time_base)
+    return container.duration / av.time_base if container.duration else None
+
+
+def _timestamps(path: str | Path) -> tuple[Int[np.ndarray, " F"], float, float]:
+    """Return presentation timestamps in order, seconds per tick, and the container's start; decodes nothing."""
+    pts = []
+    with _open(path) as container:
+        stream = container.streams.video[0]
+        try:
+            for packet in container.demux(stream):
+                if packet.pts is not None and packet.size and not packet.is_discard:
+                    pts.append(packet.pts)
+        except av.error.FFmpegError:
+            pass  # a truncated file: what lies before the fault counts
+        start_sec = (container.start_time or 0) / av.time_base
+        return np.sort(np.asarray(pts, np.int64)), float(stream.time_base), start_sec
+
+
+def _covering_size(info: VideoInfo, height: int, width: int) -> tuple[int, int]:
+    """Return the size to which the source scales, proportions kept, so that it just covers (height, width)."""
+    scale = max(height / info.height, width / info.width)
+    return max(height, round(info.height * scale)), max(width, round(info.width * scale))
