@@ -22,8 +22,8 @@ class Detector(nnx.Module):
         num_classes: K.
         pixel_mean: subtracted from RGB values in 0..255.
         pixel_std: divided by after that.
-        snippet_loss_weight: weight of an auxiliary per-snippet classification loss on the pooled features. It is ours,
-            not the papers': it brings a backbone that starts from random weights off its plateau. 0 leaves its head out.
+        snippet_loss_weight: weight of an auxiliary per-snippet classification loss on the pooled features. It is
+            ours, not the papers': it brings a backbone that starts from random weights off its plateau. 0: no head.
     """
 
     def __init__(
@@ -48,8 +48,12 @@ class Detector(nnx.Module):
         if snippet_loss_weight:
             self.snippet_head = nnx.Linear(backbone.out_channels, num_classes, rngs=rngs)
 
+    def initial_state(self) -> Any:
+        """Return what training carries beside the parameters, before the first step."""
+        return self.localizer.initial_state()
+
     def features(self, video: Float[Array, "B F H W 3"], *, key: PRNGKeyArray | None = None) -> Float[Array, "B T C"]:
-        """Return one float32 feature a snippet of a video in 0..255: space averaged, time interpolated, pathways joined."""
+        """Return one float32 feature a snippet of a video in 0..255; pathways are joined."""
         mean, std = (jnp.asarray(v, video.dtype) for v in (self.pixel_mean, self.pixel_std))
         pathways = self.backbone((video - mean) / std, key=key)
         pathways = pathways if isinstance(pathways, tuple) else (pathways,)
