@@ -119,7 +119,7 @@ def render(scene: Scene, rng: np.random.Generator) -> Iterator[UInt8[np.ndarray,
         for actor, track in zip(scene.actors, tracks, strict=True):
             seen = (times >= actor.start) & (times < actor.end)
             if seen.any():
-                canvas[seen] = _draw(canvas[seen], actor, track[times[seen] - actor.start])
+                canvas[seen] = paint(canvas[seen], actor, track[times[seen] - actor.start])
         canvas += rng.standard_normal(canvas.shape, np.float32) * np.float32(_NOISE)
         yield from np.clip(np.rint(canvas), 0, 255).astype(np.uint8)
 
@@ -180,7 +180,7 @@ def _background(scene: Scene, texture: np.ndarray, times: np.ndarray) -> Float[n
     return (pictures + np.asarray(scene.color)).astype(np.float32)
 
 
-def _draw(canvas: np.ndarray, actor: Actor, track: np.ndarray) -> np.ndarray:
+def paint(canvas: np.ndarray, actor: Actor, track: np.ndarray) -> np.ndarray:
     """Return the pictures (F, H, W, 3) with the actor over them; what leaves on one side comes in on the other."""
     height, width = canvas.shape[1:3]
     x, y, size, angle = (track[:, i, None, None].astype(np.float32) for i in range(4))

@@ -149,7 +149,7 @@ def _read(
     if reader != "pyav":
         try:
             return _read_decord(path, unique, size)
-        except (decord.DECORDError, IndexError):
+        except (decord.DECORDError, IndexError):  # also raised for frames that are 8, 12, 16, 24, 48 or 72 wide
             if reader == "decord":
                 raise
     return _read_pyav(path, unique, size)

@@ -1,0 +1,182 @@
+"""One row of a batch: which window it is, and its arrays. What runs in the decoding threads and processes.
+
+Row n follows from (seed, n) alone: the permutation of its epoch, its own random generator, and the windows that stand
+in for unreadable ones. How many processes and threads decode changes nothing in it.
+"""
+
+import threading
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Int
+
+from re2tal_jax.data.sampling import Policy
+from re2tal_jax.data.video import Crop, probe, read_frames, source_size
+from re2tal_jax.errors import ConfigError, DataError
+from re2tal_jax.types import VideoRecord, Window
+
+REPLACEMENTS = 10
+"""How many other windows are tried in the place of one that cannot be read."""
+
+_ORDER, _WINDOW, _REPLACEMENT = range(3)  # streams of random numbers that never meet
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderConfig:
+    """How videos are decoded and handed over.
+
+    height, width: stored size of a frame; augmentation crops and resizes on the accelerator.
+    crop: `squeeze` stores the whole picture, `center` the centre in the source's proportions (see `read_frames`).
+    workers: decoding processes; 0 decodes in this one.
+    threads: decoding threads in each process, each busy with one window.
+    ahead: windows that each process holds ready.
+    cache_mib: memory in each process for decoded windows, for data that fits; not for random windows.
+    on_error: an unreadable video stops the run (`error`), or is named, counted and replaced (`skip`): in training by
+        another window, in evaluation by an empty row (window -1).
+    """
+
+    height: int
+    width: int
+    crop: Crop = "squeeze"
+    workers: int = 0
+    threads: int = 2
+    ahead: int = 4
+    cache_mib: int = 0
+    on_error: Literal["error", "skip"] = "error"
+
+    def __post_init__(self) -> None:
+        least = {"height": 1, "width": 1, "workers": 0, "threads": 1, "ahead": 1, "cache_mib": 0}
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise ConfigError(f"{name} = {getattr(self, name)} is too small; at least {low} is needed.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowRef:
+    """Window number `index` of a video; `total_frames` is known where the annotation or the start-up tells it."""
+
+    record: VideoRecord
+    path: Path
+    index: int
+    total_frames: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ElementLoader:
+    """Row number -> arrays of one window, with the fields of `Batch` and the `failures` met on the way.
+
+    `first_row` of `num_rows` rows in each batch of `batch_size` are this process's; an epoch has `steps` batches.
+    """
+
+    windows: tuple[WindowRef, ...]
+    policy: Policy
+    config: LoaderConfig
+    seed: int
+    train: bool
+    max_segments: int
+    batch_size: int
+    first_row: int
+    num_rows: int
+    steps: int
+    cache: "Cache"
+
+    def __call__(self, row: int) -> dict[str, Any]:
+        """Return the arrays of a row, counted from the start of the stream.
+
+        Raises:
+            DataError: in training, no replacement could be read either.
+        """
+        step, within = divmod(row, self.num_rows)
+        epoch, step = divmod(step, self.steps)
+        place = step * self.batch_size + self.first_row + within
+        if not self.train:
+            return self._first_readable([place] if place < len(self.windows) else [], None)
+        order = _permutation(self.seed, epoch, len(self.windows))
+        others = np.random.default_rng((self.seed, _REPLACEMENT, epoch, place)).integers(len(order), size=REPLACEMENTS)
+        candidates = [int(order[place]), *others.tolist()] if self.config.on_error == "skip" else [int(order[place])]
+        return self._first_readable(candidates, np.random.default_rng((self.seed, _WINDOW, epoch, place)))
+
+    def _first_readable(self, candidates: list[int], rng: np.random.Generator | None) -> dict[str, Any]:
+        """Return the first window that can be read. Failures are told, not raised: they may have to cross processes."""
+        failures = []
+        for number in candidates:
+            try:
+                return {**self._element(number, rng), "window": np.int32(number), "failures": failures}
+            except DataError as error:
+                failures.append((self.windows[number].record.video_id, str(error)))
+        if self.train and self.config.on_error == "skip":
+            raise DataError(f"{len(candidates)} windows in a row cannot be read; the first is of {failures[0]}.")
+        return {**self._empty(), "window": np.int32(-1), "failures": failures}
+
+    def _element(self, number: int, rng: np.random.Generator | None) -> dict[str, np.ndarray]:
+        known = self.cache.get(number)
+        if known is not None:
+            return known
+        config, ref = self.config, self.windows[number]
+        info = probe(ref.path)
+        window = self.policy.window(ref.record, info.num_frames, ref.index, rng=rng)
+        video = read_frames(ref.path, window.frame_indices, config.height, config.width, crop=config.crop, info=info)
+        size = np.asarray(source_size(info, config.height, config.width, config.crop), np.float32)
+        element = {"video": video, "frame_size": size, **self._targets(window)}
+        self.cache.put(number, element)
+        return element
+
+    def _targets(self, window: Window) -> dict[str, np.ndarray]:
+        count = len(window.gt_labels)
+        segments = np.zeros((self.max_segments, 2), np.float32)
+        labels = np.zeros(self.max_segments, np.int32)
+        segments[:count], labels[:count] = window.gt_segments, window.gt_labels
+        return {
+            "mask": np.arange(window.num_snippets) < window.num_valid_snippets,
+            "gt_segments": segments,
+            "gt_labels": labels,
+            "gt_mask": np.arange(self.max_segments) < count,
+        }
+
+    def _empty(self) -> dict[str, np.ndarray]:
+        config, snippets = self.config, self.policy.num_snippets
+        frames = snippets * self.policy.frames_per_snippet
+        return {
+            "video": np.zeros((frames, config.height, config.width, 3), np.uint8),
+            "frame_size": np.asarray((config.height, config.width), np.float32),
+            "mask": np.zeros(snippets, bool),
+            "gt_segments": np.zeros((self.max_segments, 2), np.float32),
+            "gt_labels": np.zeros(self.max_segments, np.int32),
+            "gt_mask": np.zeros(self.max_segments, bool),
+        }
+
+
+@lru_cache(maxsize=4)
+def _permutation(seed: int, epoch: int, count: int) -> Int[np.ndarray, " count"]:
+    return np.random.default_rng((seed, _ORDER, epoch)).permutation(count)
+
+
+class Cache:
+    """Elements by window number, kept until the memory is full; the first ones stay, as every epoch asks for all.
+
+    Pickled, it travels empty: each process fills its own.
+    """
+
+    def __init__(self, mib: int):
+        self._mib = mib
+        self._free = mib * 2**20
+        self._elements: dict[int, dict[str, np.ndarray]] = {}
+        self._lock = threading.Lock()
+
+    def get(self, number: int) -> dict[str, np.ndarray] | None:
+        """Return the element of a window, or None; it must not be written to."""
+        return self._elements.get(number)
+
+    def put(self, number: int, element: dict[str, np.ndarray]) -> None:
+        """Keep an element if there is room."""
+        size = sum(array.nbytes for array in element.values())
+        with self._lock:
+            if size <= self._free and number not in self._elements:
+                self._free -= size
+                self._elements[number] = element
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Cache, (self._mib,)

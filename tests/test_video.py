@@ -1,0 +1,189 @@
+import av
+import decord
+import numpy as np
+import pytest
+
+from re2tal_jax.data import video
+from re2tal_jax.data.video import frame_times, probe, read_frames, seconds_to_frames, source_size
+from re2tal_jax.errors import ConfigError, DataError
+from tests.video_files import frame_numbers, numbered_frames, rotate, write_audio, write_video
+
+FAST_START = {"movflags": "faststart"}  # header first, so that a truncated file still opens
+
+
+@pytest.fixture(scope="module")
+def numbered(tmp_path_factory):
+    """48 frames at 10 fps, frame i of grey level 16 + 4 i, header first."""
+    return write_video(
+        tmp_path_factory.mktemp("videos") / "numbered.mp4", numbered_frames(48, 32, 48), options=FAST_START
+    )
+
+
+@pytest.fixture(scope="module")
+def thirds(tmp_path_factory):
+    """A picture twice as wide as high: red quarter, green half, blue quarter."""
+    picture = np.zeros((64, 128, 3), np.uint8)
+    picture[:, :32, 0] = picture[:, 32:96, 1] = picture[:, 96:, 2] = 200
+    return write_video(tmp_path_factory.mktemp("videos") / "thirds.mp4", np.repeat(picture[None], 4, axis=0))
+
+
+def test_probe_tells_frames_rate_duration_and_size(numbered):
+    info = probe(numbered)
+    assert (info.num_frames, info.fps, info.duration_sec) == (48, 10.0, 4.8)
+    assert (info.height, info.width) == (32, 48)
+
+
+def test_probe_of_a_real_video(data_dir):
+    info = probe(data_dir / "videos" / "test.mp4")
+    assert (info.num_frames, info.fps, info.duration_sec, info.height, info.width) == (300, 30.0, 10.0, 256, 340)
+
+
+def test_probe_counts_frames_where_the_container_does_not(tmp_path):
+    path = write_video(tmp_path / "a.mkv", numbered_frames(20))
+    with av.open(str(path)) as container:
+        assert container.streams.video[0].frames == 0
+    assert probe(path).num_frames == 20
+
+
+@pytest.mark.parametrize("crop", ["squeeze", "center"])
+def test_both_readers_give_equal_pixels(data_dir, crop):
+    path, indices = data_dir / "videos" / "test.mp4", [299, 3, 150, 3, 151, 0]
+    by_decord = read_frames(path, indices, 96, 64, crop=crop, reader="decord")
+    by_pyav = read_frames(path, indices, 96, 64, crop=crop, reader="pyav")
+    assert by_decord.shape == (6, 96, 64, 3)
+    assert by_decord.dtype == np.uint8
+    np.testing.assert_array_equal(by_decord, by_pyav)
+
+
+@pytest.mark.parametrize("degrees", [90, 180, 270])
+def test_both_readers_turn_a_rotated_video(tmp_path, thirds, degrees):
+    path = rotate(tmp_path / "turned.mp4", degrees, thirds)
+    info = probe(path)
+    assert (info.height, info.width) == ((64, 128) if degrees == 180 else (128, 64))
+    upright = read_frames(thirds, [0], 64, 128)[0]
+    frames = [read_frames(path, [0], info.height, info.width, reader=r)[0] for r in ("decord", "pyav")]
+    np.testing.assert_array_equal(*frames)
+    difference = frames[0].astype(int) - np.rot90(upright, -degrees // 90)
+    assert np.abs(difference).mean() < 3  # chroma samples sit elsewhere in a turned picture
+
+
+@pytest.mark.parametrize("reader", ["decord", "pyav"])
+def test_frames_come_in_the_order_asked_for(numbered, reader):
+    frames = read_frames(numbered, [5, 2, 2, 40, 0, 47], 32, 32, reader=reader)
+    assert frame_numbers(frames) == [5, 2, 2, 40, 0, 47]
+
+
+def test_each_different_frame_is_decoded_once(numbered, monkeypatch):
+    asked = []
+    read = video._read_decord
+    monkeypatch.setattr(
+        video, "_read_decord", lambda path, unique, size: asked.append(unique) or read(path, unique, size)
+    )
+    read_frames(numbered, [7, 7, 3, 7, 3], 16, 16)
+    assert [unique.tolist() for unique in asked] == [[3, 7]]
+
+
+def test_squeeze_shows_all_and_center_keeps_proportions(thirds):
+    squeezed = read_frames(thirds, [0], 32, 32)[0].astype(int)
+    assert squeezed[16, [2, 16, 29]].argmax(-1).tolist() == [0, 1, 2]
+    centred = read_frames(thirds, [0], 32, 32, crop="center")[0].astype(int)
+    assert (centred[:, 2:-2].argmax(-1) == 1).all()
+    info = probe(thirds)
+    assert source_size(info, 32, 32, "squeeze") == (64, 128)
+    assert source_size(info, 32, 32, "center") == (64, 64)
+    assert source_size(info, 16, 64, "center") == (32, 128)
+
+
+def bad_files(folder, good):
+    content = good.read_bytes()
+    header_last = write_video(folder / "whole.mp4", numbered_frames(24)).read_bytes()
+    (folder / "empty.mp4").write_bytes(b"")
+    (folder / "text.mp4").write_text("no video at all\n" * 99)
+    (folder / "headless.mp4").write_bytes(header_last[: len(header_last) // 2])
+    (folder / "damaged.mp4").write_bytes(content[:40] + bytes(200) + content[240:])
+    write_audio(folder / "audio.mp4")
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("absent.mp4", "no such video file"),
+        ("empty.mp4", "is empty"),
+        ("text.mp4", "not readable as a video"),
+        ("headless.mp4", "not readable as a video"),
+        ("damaged.mp4", "not readable|no video stream|no frames"),
+        ("audio.mp4", "holds no video stream"),
+    ],
+)
+def test_what_is_no_video_is_named_with_its_reason(tmp_path, numbered, name, reason):
+    bad_files(tmp_path, numbered)
+    for read in (probe, lambda path: read_frames(path, [0], 16, 16)):
+        with pytest.raises(DataError, match=reason) as raised:
+            read(tmp_path / name)
+        assert name in str(raised.value)
+
+
+def truncated(path, whole, share):
+    content = whole.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+    return path
+
+
+def test_a_truncated_video_gives_the_frames_before_the_fault(tmp_path, data_dir):
+    path = tmp_path / "truncated.mp4"
+    whole = tmp_path / "whole.mp4"
+    with av.open(str(data_dir / "videos" / "test.mp4")) as source, av.open(str(whole), "w", options=FAST_START) as sink:
+        stream = sink.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                sink.mux(packet)
+    truncated(path, whole, 0.5)
+    assert probe(path).num_frames == 300
+    np.testing.assert_array_equal(
+        read_frames(path, range(0, 80, 9), 32, 32), read_frames(whole, range(0, 80, 9), 32, 32)
+    )
+    with pytest.raises(
+        DataError, match=r"truncated.mp4: frames 280..290 cannot be decoded, the last good one is 1\d\d"
+    ):
+        read_frames(path, [20, 280, 290], 32, 32)
+    with pytest.raises((decord.DECORDError, RuntimeError)):
+        read_frames(path, [20, 280, 290], 32, 32, reader="decord")
+
+
+def test_a_few_missing_frames_at_the_end_repeat_the_last_good_one(tmp_path):
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, (48, 32, 32, 3), dtype=np.uint8)  # frames of about equal size in bytes
+    whole = write_video(tmp_path / "whole.mp4", noise, options=FAST_START)
+    short = truncated(tmp_path / "short.mp4", whole, 0.9)
+    frames = read_frames(short, range(48), 16, 16)
+    np.testing.assert_array_equal(frames[:40], read_frames(whole, range(40), 16, 16))
+    repeats = (frames[1:] == frames[:-1]).all(axis=(1, 2, 3))
+    assert repeats[-1]
+    assert 1 <= repeats.sum() <= video.TAIL_FRAMES
+
+
+def test_widths_that_decord_cannot_hand_over_are_read_all_the_same(numbered):
+    with pytest.raises(decord.DECORDError):
+        read_frames(numbered, [1, 9], 16, 16, reader="decord")
+    assert frame_numbers(read_frames(numbered, [1, 9], 16, 16)) == [1, 9]
+
+
+@pytest.mark.parametrize("indices", [[48], [-1, 3], []])
+def test_frames_outside_the_video_are_an_error(numbered, indices):
+    with pytest.raises(DataError, match=r"numbered.mp4: asked for frames .* has 48 \(0..47\)"):
+        read_frames(numbered, indices, 16, 16)
+
+
+def test_an_unknown_crop_is_an_error(numbered):
+    with pytest.raises(ConfigError, match="crop = 'middle'"):
+        read_frames(numbered, [0], 16, 16, crop="middle")
+
+
+def test_seconds_find_their_frame_at_a_variable_rate(tmp_path):
+    times = [0, 100, 200, 1000, 1100, 3000]
+    path = write_video(tmp_path / "variable.mp4", numbered_frames(6), times=times)
+    seconds = frame_times(path)
+    np.testing.assert_allclose(seconds, np.array(times) / 1000, atol=1e-3)
+    at = np.array([-1.0, 0.05, 0.15, 0.99, 1.01, 2.9, 3.0, 99.0])
+    assert seconds_to_frames(at, seconds).tolist() == [0, 0, 1, 2, 3, 4, 5, 5]
