@@ -332,19 +332,23 @@ class SlidingWindow(StridedPolicy):
 
     def num_windows(self, record: VideoRecord, total_frames: int | None = None) -> int:
         """Return how many windows cover the video, or hold a segment if that is required."""
-        return len(self._windows(record, total_frames))
+        return len(self.layout(record, total_frames))
 
     def _sample(self, record: VideoRecord, total_frames: int, index: int, rng: RandomSource | None) -> Sample:
-        (first, last), segments, labels = self._windows(record, total_frames)[index]
+        (first, last), segments, labels = self.layout(record, total_frames)[index]
         scale = self.frames_per_snippet
         frames, valid = self.frames(record, total_frames, first * scale, last * scale)
         grid = self.grid(record, frame_rate(record, total_frames), first * scale)
         return Sample(frames, valid, segments, labels, grid)
 
-    def _windows(
+    def layout(
         self, record: VideoRecord, total_frames: int | None
     ) -> list[tuple[tuple[int, int], np.ndarray, np.ndarray]]:
-        """Return ((first, last + 1) snippet, segments in snippets of the window, labels) of the windows that count."""
+        """Return ((first, last + 1) snippet, segments in snippets of the window, labels) of the windows that count.
+
+        Raises:
+            DataError: neither the annotation nor `total_frames` tells the number of frames.
+        """
         num_frames = annotated_frames(record) or total_frames
         if not num_frames:
             raise DataError(

@@ -1,8 +1,10 @@
 """Data set items and frame indices: annotations, filters, the sampling policies and their order of random draws."""
 
+import dataclasses
 import json
 import random
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,6 @@ from re2tal_jax.data.sampling import (
     RandomTrunc,
     Resize,
     SlidingWindow,
-    annotated_frames,
     spread_frames,
 )
 from re2tal_jax.data.thumos import AMBIGUOUS, on_whole_frames
@@ -73,12 +74,12 @@ def _length(row: dict[str, Any]) -> Row:
 def _items(folder: Path, items: list[dict[str, Any]]) -> Iterator[Row]:
     (annotations,) = (f for f in sorted(folder.glob("*.json")) if '"database"' in f.read_text()[:200])
     (classes,) = sorted(folder.glob("*.txt"))
-    cache: dict[str, list[VideoRecord]] = {}
+    cache: dict[Any, Any] = {}  # videos of a data set, windows of a video
     for item in items:
         key = json.dumps([item["dataset"], item["kw"]], sort_keys=True)
         if key not in cache:
             cache[key] = _records(annotations, classes, item)
-        yield from _item(item, cache[key])
+        yield from _item(item, cache[key], cache)
 
 
 def _records(annotations: Path, classes: Path, item: dict[str, Any]) -> list[VideoRecord]:
@@ -92,44 +93,44 @@ def _records(annotations: Path, classes: Path, item: dict[str, Any]) -> list[Vid
         clip=False,
     )
     test = kw.get("test_mode", False)
+    filtered = kw.get("filter_gt", False) and not test
+    offset = kw.get("offset_frames", 0) if filtered and not thumos else 0
     names = kw["subset_name"]  # a substring test there if it is text
     dataset = open_dataset(
         file,
         subset=tuple(s for s in dict.fromkeys(r.subset for r in file.records) if s in names),
-        training=kw.get("filter_gt", False) and not test,
+        training=filtered,
         min_length_ratio=0.01 if "Resize" in item["dataset"] else 0.0,
         class_agnostic=kw.get("class_agnostic", False),
-        adjust=on_whole_frames if thumos else None,
+        adjust=on_whole_frames if thumos else partial(_after, offset),
         unlabelled=test,
     )
     return [record for record in dataset.records if test or len(record.labels)]
 
 
+def _after(offset_frames: int, record: VideoRecord) -> VideoRecord:
+    """Leave out what ends before the first snippet's centre, as the published ActivityNet filter does."""
+    kept = record.segments_sec[:, 1] * (record.fps or 0) > offset_frames
+    if offset_frames == 0 or kept.all():
+        return record
+    return dataclasses.replace(record, segments_sec=record.segments_sec[kept], labels=record.labels[kept])
+
+
 def _policy(item: dict[str, Any]) -> Policy:
-    kw, load = item["kw"], item["load"]
+    kw, load, method = item["kw"], item["load"], item["load"]["method"]
     options = {"frames_per_snippet": load["scale_factor"]}
-    if load["method"] != "resize":
-        options |= {
-            "snippet_stride": kw["feature_stride"] * kw.get("sample_stride", 1),
-            "offset_frames": kw.get("offset_frames", 0),
-        }
-    if load["method"] == "resize":
-        options |= {"num_snippets": kw["resize_length"]}
-    elif load["method"] == "random_trunc":
-        crop = load["crop_ratio"]
-        options |= {
-            "num_snippets": load["trunc_len"],
-            "min_overlap": load["trunc_thresh"],
-            "crop_ratio": None if crop is None else tuple(crop),
-        }
+    if method == "resize":
+        return POLICIES[method](num_snippets=kw["resize_length"], **options)
+    options["snippet_stride"] = kw["feature_stride"] * kw.get("sample_stride", 1)
+    options["offset_frames"] = kw.get("offset_frames", 0)
+    if method == "random_trunc":
+        options |= {"num_snippets": load["trunc_len"], "min_overlap": load["trunc_thresh"]}
+        options["crop_ratio"] = load["crop_ratio"] and tuple(load["crop_ratio"])
     else:
-        options |= {
-            "num_snippets": kw["window_size"],
-            "overlap": kw.get("window_overlap_ratio", 0.25),
-            "min_overlap": kw.get("ioa_thresh", 0.75),
-            "require_segment": not kw.get("test_mode", False),
-        }
-    return POLICIES[load["method"]](**options)
+        options |= {"num_snippets": kw["window_size"], "min_overlap": kw.get("ioa_thresh", 0.75)}
+        options["overlap"] = kw.get("window_overlap_ratio", 0.25)
+        options["require_segment"] = not kw.get("test_mode", False)
+    return POLICIES[method](**options)
 
 
 class _PythonRandom:
@@ -142,13 +143,13 @@ class _PythonRandom:
         return self._random.randint(low, high - 1)
 
 
-def _item(item: dict[str, Any], records: list[VideoRecord]) -> Iterator[Row]:
+def _item(item: dict[str, Any], records: list[VideoRecord], cache: dict[Any, Any]) -> Iterator[Row]:
     name = (
         f"{item['dataset']} {item['load']['method']} x{item['load']['scale_factor']} #{item['index']} {item['video']}"
     )
     policy = _policy(item)
     if isinstance(policy, SlidingWindow):
-        window, metas = _sliding(policy, item, records)
+        window, metas = _sliding(policy, item, records, cache)
         if window is None:
             yield Row(f"{name}: no such window", np.inf, 0.0)
             return
@@ -175,18 +176,19 @@ def _item(item: dict[str, Any], records: list[VideoRecord]) -> Iterator[Row]:
 
 
 def _sliding(
-    policy: SlidingWindow, item: dict[str, Any], records: list[VideoRecord]
+    policy: SlidingWindow, item: dict[str, Any], records: list[VideoRecord], cache: dict[Any, Any]
 ) -> tuple[Window | None, dict[str, float]]:
     """Return the window with the item's first snippet: the published list has repeats and lacks ends of videos."""
+    total, first = item["total_frames"], item["meta"]["feature_start_idx"]
     record = next(record for record in records if record.video_id == item["video"])
-    ends = dict(policy.snippet_ranges(annotated_frames(record) or item["total_frames"]))
-    for index in range(policy.num_windows(record)):
-        window = policy.window(record, item["total_frames"], index)
-        metas = _metas(policy, window)
-        first = round(metas["feature_start_idx"])
-        if first == item["meta"]["feature_start_idx"]:
-            return window, metas | {"feature_end_idx": ends[first] - 1}
-    return None, {}
+    key = (policy, item["video"], total, id(records))
+    if key not in cache:
+        cache[key] = {start: (i, last) for i, ((start, last), _, _) in enumerate(policy.layout(record, total))}
+    if first not in cache[key]:
+        return None, {}
+    index, last = cache[key][first]
+    window = policy.window(record, total, index)
+    return window, _metas(policy, window) | {"feature_end_idx": last - 1}
 
 
 def _metas(policy: Policy, window: Window) -> dict[str, float]:
