@@ -5,6 +5,7 @@ parameter's type, and defaults are what the signature shows.
 """
 
 import dataclasses
+import functools
 import inspect
 import types
 import typing
@@ -29,8 +30,7 @@ def build(factory: Callable[..., T], section: Mapping[str, Any], *, path: str, *
         ConfigError: unknown key (nearest match named), missing key, value of the wrong type, or a
             ValueError of the factory itself, prefixed with `path`.
     """
-    parameters = dict(inspect.signature(factory).parameters)
-    hints = _hints(factory)
+    parameters, hints = _signature(factory)
     allowed = {
         name: p
         for name, p in parameters.items()
@@ -53,16 +53,21 @@ def build(factory: Callable[..., T], section: Mapping[str, Any], *, path: str, *
         raise ConfigError(f"{path}: {error}") from error
 
 
-def _hints(factory: Callable[..., Any]) -> dict[str, Any]:
-    target = factory
-    while hasattr(target, "func"):  # functools.partial
-        target = target.func
-    if inspect.isclass(target) and not dataclasses.is_dataclass(target):
-        target = target.__init__
-    try:
-        return typing.get_type_hints(target)
-    except NameError:  # a jaxtyping string that is no Python name
-        return {}
+def _signature(factory: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter], dict[str, Any]]:
+    """Return parameters and type hints of a function, class, or functools.partial of one."""
+    bound: dict[str, Any] = {}
+    while isinstance(factory, functools.partial):
+        bound = {**factory.keywords, **bound}
+        factory = factory.func
+    function = factory
+    if inspect.isclass(factory):  # not inspect.signature(class): a metaclass may hide the constructor's
+        function = factory.__init__
+    parameters = dict(inspect.signature(function).parameters)
+    if inspect.isclass(factory):
+        parameters.pop("self")
+    for name, value in bound.items():
+        parameters[name] = parameters[name].replace(default=value)
+    return parameters, typing.get_type_hints(function)
 
 
 def _convert(value: Any, hint: Any, path: str) -> Any:
@@ -75,9 +80,7 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
     if origin is typing.Literal:
         choices = typing.get_args(hint)
         if value not in choices:
-            raise ConfigError(
-                f"{path} = {value!r} is not allowed. {did_you_mean(str(value), map(str, choices))}"
-            )
+            raise ConfigError(f"{path} = {value!r} is not allowed. {did_you_mean(str(value), map(str, choices))}")
         return value
     if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
         return build(hint, value, path=path)

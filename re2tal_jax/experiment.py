@@ -1,0 +1,194 @@
+"""A config made into what runs: data, detector, steps, evaluation. `main.py` chooses which of it."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from re2tal_jax.backbones import BACKBONES
+from re2tal_jax.config import build
+from re2tal_jax.data import DATASETS
+from re2tal_jax.data.augment import LabelSwap, augment, mirror
+from re2tal_jax.data.dataset import Dataset
+from re2tal_jax.data.pipeline import Loader
+from re2tal_jax.data.sampling import POLICIES, Policy
+from re2tal_jax.detector import Detector
+from re2tal_jax.errors import ConfigError
+from re2tal_jax.localizers import LOCALIZERS
+from re2tal_jax.settings import Settings, SplitConfig
+from re2tal_jax.training.checkpoint import load_params
+from re2tal_jax.training.optim import Optimizer, make_optimizer, recipe_rules
+from re2tal_jax.training.sharding import check_batch_size
+from re2tal_jax.training.state import Model, StateSpec, describe_model, describe_state
+from re2tal_jax.training.step import Preprocess
+from re2tal_jax.types import Batch
+
+
+def make_detector(settings: Settings, *, rewired: bool | None = None) -> Callable[[], Detector]:
+    """Return the constructor of the detector, its parameters drawn from the config's seed.
+
+    `rewired` overrides the config's choice (to compare both).
+    """
+    dtype = jnp.dtype(settings.compute_dtype)
+    options = {key: value for key, value in settings.backbone.items() if key not in ("name", "checkpoint")}
+    if rewired is not None:
+        options["rewired"] = rewired
+
+    def make() -> Detector:
+        rngs = nnx.Rngs(settings.seed)
+        backbone = build(BACKBONES[settings.backbone["name"]], options, path="config.backbone", dtype=dtype, rngs=rngs)
+        localizer = build(
+            LOCALIZERS[settings.localizer["name"]],
+            _without_name(settings.localizer),
+            path="config.localizer",
+            in_channels=backbone.out_channels,
+            num_classes=settings.num_classes,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        return Detector(
+            backbone,
+            localizer,
+            num_snippets=settings.num_snippets,
+            num_classes=settings.num_classes,
+            pixel_mean=settings.detector.pixel_mean,
+            pixel_std=settings.detector.pixel_std,
+            snippet_loss_weight=settings.detector.snippet_loss_weight,
+            rngs=rngs,
+        )
+
+    return make
+
+
+def open_split(settings: Settings, split: SplitConfig, *, train: bool) -> Dataset:
+    """Open the data set of a split and check its classes against the config.
+
+    Raises:
+        ConfigError: `num_classes` is not what the data set has.
+    """
+    path = "config.data"
+    factory = DATASETS[settings.data["name"]]
+    dataset = build(factory, _without_name(settings.data), path=path, subset=split.subset, training=train)
+    if len(dataset.classes) != settings.num_classes:
+        raise ConfigError(
+            f"config.num_classes = {settings.num_classes}, but the data set {settings.data['name']!r} has "
+            f"{len(dataset.classes)} classes ({', '.join(dataset.classes[:5])}, …): set num_classes to that."
+        )
+    return dataset
+
+
+def make_policy(settings: Settings, split: SplitConfig, *, path: str) -> Policy:
+    """Build the sampling policy of a split."""
+    return build(
+        POLICIES[split.policy["name"]],
+        _without_name(split.policy),
+        path=f"{path}.policy",
+        num_snippets=settings.num_snippets,
+        frames_per_snippet=settings.frames_per_snippet,
+    )
+
+
+def make_loader(settings: Settings, dataset: Dataset, *, train: bool) -> Loader:
+    """Return batches of a split, this process's share of rows."""
+    split = settings.train if train else settings.eval
+    return Loader(
+        dataset,
+        make_policy(settings, split, path="config.train" if train else "config.eval"),
+        split.loader,
+        seed=settings.seed,
+        train=train,
+        batch_size=split.batch_size,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+
+def describe_data(dataset: Dataset, loader: Loader) -> str:
+    """Return counts and findings of a split for the start-up header."""
+    segments = sum(len(record.labels) for record in dataset.records)
+    counts = (
+        f"{len(dataset.records)} videos, {segments} segments, {len(dataset.classes)} classes, "
+        f"{len(loader.windows)} windows, {loader.steps_per_epoch} batches"
+    )
+    unreadable = [f"unreadable: {len(loader.skipped)}"] if loader.skipped else []
+    return "\n  ".join([counts, *dataset.findings.lines(), *unreadable])
+
+
+def make_preprocess(split: SplitConfig, classes: tuple[str, ...]) -> Preprocess:
+    """Return what the accelerator does to a batch before the detector sees it."""
+    swap = None
+    if split.mirror is not None:
+        swap = LabelSwap.from_names(classes, split.mirror.flip_classes, split.mirror.reverse_classes)
+
+    def preprocess(batch: Batch, key: PRNGKeyArray | None) -> tuple[Float[Array, "B F H W 3"], Batch]:
+        if key is None:
+            return augment(batch.video, batch.frame_size, split.augment, None), batch
+        mirror_key, augment_key = jax.random.split(key)
+        if swap is not None:
+            batch = mirror(batch, swap, mirror_key, flip=split.mirror.flip, reverse=split.mirror.reverse)
+        return augment(batch.video, batch.frame_size, split.augment, augment_key), batch
+
+    return preprocess
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """The model, its optimizer and how their state lies on the mesh, without a byte of it allocated."""
+
+    model: Model
+    optimizer: Optimizer
+    spec: StateSpec
+
+
+def draw_blueprint(settings: Settings, mesh: Mesh, *, steps_per_epoch: int, rewired: bool | None = None) -> Blueprint:
+    """Work out model, parameter groups and shardings.
+
+    Raises:
+        ConfigError: a section that cannot run, or batches that the mesh cannot share.
+    """
+    check_batch_size(settings.train.batch_size, mesh, settings.optimizer.accumulate)
+    check_batch_size(settings.eval.batch_size, mesh)
+    model = describe_model(make_detector(settings, rewired=rewired))
+    rules = build(recipe_rules, settings.parameter_groups, path="config.parameter_groups")
+    optimizer = make_optimizer(settings.optimizer, rules, model.shapes, steps_per_epoch)
+    return Blueprint(model, optimizer, describe_state(model, optimizer, mesh, settings.mesh))
+
+
+def initial_parameters(settings: Settings) -> dict[str, np.ndarray]:
+    """Return the backbone of `config.backbone.checkpoint` by path; empty if there is none."""
+    directory = settings.backbone.get("checkpoint")
+    if not directory:
+        return {}
+    params = load_params(Path(directory), which="ema")
+    backbone = {path: value for path, value in params.items() if path.startswith("backbone.")}
+    if not backbone:
+        raise ConfigError(f"config.backbone.checkpoint = {directory!r} holds no parameter called backbone.*.")
+    return backbone
+
+
+def abstract_batch(settings: Settings, *, max_segments: int) -> Batch:
+    """Return the shapes of a training batch, for compiling without data."""
+    split, loader = settings.train, settings.train.loader
+    size, snippets = split.batch_size, settings.num_snippets
+    frames = snippets * settings.frames_per_snippet
+    shapes = {
+        "video": ((frames, loader.height, loader.width, 3), jnp.uint8),
+        "frame_size": ((2,), jnp.float32),
+        "mask": ((snippets,), jnp.bool_),
+        "gt_segments": ((max_segments, 2), jnp.float32),
+        "gt_labels": ((max_segments,), jnp.int32),
+        "gt_mask": ((max_segments,), jnp.bool_),
+        "window": ((), jnp.int32),
+    }
+    return Batch(**{name: jax.ShapeDtypeStruct((size, *shape), dtype) for name, (shape, dtype) in shapes.items()})
+
+
+def _without_name(section: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in section.items() if key != "name"}

@@ -1,0 +1,1 @@
+"""From a trained detector to detections, their evaluation and a report."""

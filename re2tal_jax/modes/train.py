@@ -1,0 +1,69 @@
+"""`--mode train`: train from the workdir's latest checkpoint or from the start, evaluate, report."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from re2tal_jax.experiment import (
+    describe_data,
+    draw_blueprint,
+    initial_parameters,
+    make_loader,
+    make_preprocess,
+    open_split,
+)
+from re2tal_jax.modes.evaluate import PREDICTIONS, REPORT, Evaluator
+from re2tal_jax.settings import Settings
+from re2tal_jax.training.checkpoint import Checkpoints, prepare_workdir
+from re2tal_jax.training.loop import Run, TrainResult
+from re2tal_jax.training.sharding import initialise_distributed, make_mesh
+from re2tal_jax.training.step import make_train_step
+
+log = logging.getLogger(__name__)
+
+
+def train(settings: Settings, config: Mapping[str, Any], workdir: Path) -> TrainResult:
+    """Train to the end of the recipe, or until a signal; the same call again goes on where it stopped.
+
+    Raises:
+        ConfigError: settings that cannot run, an unwritable workdir.
+        DataError: annotations or videos that cannot be used.
+        CheckpointError: the workdir holds a run of another architecture.
+    """
+    initialise_distributed(settings.distributed)
+    workdir = prepare_workdir(workdir)
+    mesh = make_mesh(settings.mesh, jax.devices())
+    dataset = open_split(settings, settings.train, train=True)
+    loader = make_loader(settings, dataset, train=True)
+    blueprint = draw_blueprint(settings, mesh, steps_per_epoch=loader.steps_per_epoch)
+    evaluator = Evaluator(settings, blueprint, mesh, workdir)
+    tables = []
+
+    def evaluate(params: Any, step: int) -> Mapping[str, float]:
+        tables.append(evaluator(params, step))
+        return tables[-1].metrics()
+
+    with Checkpoints(workdir, settings.checkpoints) as checkpoints:
+        result = Run(
+            config=settings.loop,
+            spec=blueprint.spec,
+            train_step=make_train_step(blueprint.spec, make_preprocess(settings.train, dataset.classes), mesh),
+            mesh=mesh,
+            loader=loader,
+            key=jax.random.key(settings.seed),
+            workdir=workdir,
+            checkpoints=checkpoints,
+            evaluate=evaluate,
+            saved_config=config,
+            initial=initial_parameters(settings),
+            about={
+                "training data": describe_data(dataset, loader),
+                "evaluation data": describe_data(evaluator.dataset, evaluator.loader),
+            },
+        ).run()
+    if tables:
+        log.info("%s\nwritten: %s, %s, %s", tables[-1], checkpoints.directory, workdir / PREDICTIONS, workdir / REPORT)
+    return result
