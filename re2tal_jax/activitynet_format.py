@@ -166,7 +166,7 @@ def columns(videos: Mapping[str, Entries], name: str, *, scored: bool) -> Instan
         segments = np.array([entry["segment"] for entry in entries], np.float64).reshape(-1, 2)
         scores = np.array([entry["score"] for entry in entries], np.float64) if scored else np.zeros(len(entries))
         sound = segments.shape == (len(entries), 2) and scores.shape == (len(entries),)
-        sound = sound and set(map(type, labels)) <= {str}
+        sound = sound and all(issubclass(kind, str) for kind in set(map(type, labels)))
         sound = sound and bool(np.isfinite(segments).all() and np.isfinite(scores).all())
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError):
         sound = False
@@ -200,7 +200,7 @@ def _fault(entry: Any, scored: bool) -> str | None:
     if not isinstance(entry["label"], str):
         return f"has label {entry['label']!r}; expected text"
     segment = entry["segment"]
-    if isinstance(segment, str) or not isinstance(segment, Sequence) or len(segment) != 2:
+    if isinstance(segment, str) or not isinstance(segment, (Sequence, np.ndarray)) or len(segment) != 2:
         return f"has segment {segment!r}; expected [start, end]"
     for what, value in (("start", segment[0]), ("end", segment[1]), *([("score", entry["score"])] if scored else [])):
         if not _is_finite(value):

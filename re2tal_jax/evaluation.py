@@ -7,7 +7,7 @@ file comes first (the official script leaves it to an unstable sort), of equally
 
 import os
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,7 +84,7 @@ def detection_map(
     predictions: Source,
     *,
     subset: str,
-    tiou_thresholds: Sequence[float],
+    tiou_thresholds: Iterable[float],
     blocked: Collection[str] | os.PathLike[str] | None = None,
     recall_at: Sequence[int] = (1, 5),
 ) -> DetectionMap:
@@ -142,7 +142,7 @@ class _Grouped:
         return len(self.label)
 
 
-def _checked_thresholds(tiou_thresholds: Sequence[float]) -> tuple[float, ...]:
+def _checked_thresholds(tiou_thresholds: Iterable[float]) -> tuple[float, ...]:
     thresholds = tuple(sorted(round(float(t), 6) for t in tiou_thresholds))  # np.linspace(.3, .7, 5)[3] is not 0.6
     if not thresholds or not all(0 < t <= 1 for t in thresholds) or len(set(thresholds)) < len(thresholds):
         raise ValueError(f"tiou_thresholds = {thresholds!r}: expected different numbers above 0 up to 1.")
@@ -154,7 +154,7 @@ def _read_blocked(blocked: Collection[str] | os.PathLike[str] | None) -> frozens
         return frozenset()
     is_path = isinstance(blocked, (str, os.PathLike))
     ids = read_json(blocked) if is_path else blocked
-    if not isinstance(ids, Collection) or not all(isinstance(i, str) for i in ids):
+    if isinstance(ids, str) or not isinstance(ids, Collection) or not all(isinstance(i, str) for i in ids):
         raise DataError(f"{blocked if is_path else 'blocked'}: expected a list of video ids, not {ids!r:.80}.")
     return frozenset(ids)
 

@@ -155,7 +155,7 @@ def _checked(
     if bad.size:
         raise DataError(f"NMS needs finite segments; {bad.size} are not, segment {bad[0]} is {segments[bad[0]]}.")
     if not (np.isfinite(scores) & (scores >= 0)).all():
-        raise DataError(f"NMS needs finite scores of 0 or more; the smallest given is {scores.min()}.")
+        raise DataError(f"NMS needs finite scores of 0 or more; the smallest given is {scores.min():g}.")
     return segments, scores, labels
 
 

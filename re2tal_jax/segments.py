@@ -4,6 +4,8 @@ A segment is (start, end); arrays of segments have shape (N, 2). The unit is the
 inside the network, seconds of the video outside. `SnippetGrid` is the only bridge between the two.
 """
 
+from typing import Any
+
 import numpy as np
 from jaxtyping import Bool, Float
 
@@ -23,7 +25,7 @@ def tiou(a: Float[np.ndarray, "N 2"], b: Float[np.ndarray, "M 2"]) -> Float[np.n
     return paired_tiou(a[:, None], b[None])
 
 
-def paired_tiou(a: Float[np.ndarray, "*N 2"], b: Float[np.ndarray, "*N 2"]) -> Float[np.ndarray, "*N"]:
+def paired_tiou(a: Float[np.ndarray, "*#N 2"], b: Float[np.ndarray, "*#N 2"]) -> Float[np.ndarray, "..."]:
     """Return the tIoU of `a[i]` with `b[i]`; leading axes broadcast (ActivityNet's `segment_iou`)."""
     intersection = np.minimum(a[..., 1], b[..., 1]) - np.maximum(a[..., 0], b[..., 0])
     intersection = np.maximum(intersection, 0)
@@ -59,7 +61,7 @@ def proper(segments: Float[np.ndarray, "*N 2"]) -> Bool[np.ndarray, "*N"]:
     return np.isfinite(segments).all(axis=-1) & (segments[..., 1] > segments[..., 0])
 
 
-def check_segments(segments: np.ndarray, what: str) -> Segments:
+def check_segments(segments: Any, what: str) -> Segments:
     """Return `segments` as float64 (N, 2), or raise DataError that begins with `what` (name file and video there).
 
     Raises:

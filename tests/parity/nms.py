@@ -49,9 +49,10 @@ def config_of(options: Mapping[str, Any]) -> NMSConfig:
     votes = options["voting_thresh"] > 0 and not options["multiclass"]
     return NMSConfig(
         method=SOFT_METHODS[options["method"]] if options["use_soft_nms"] else "hard",
-        tiou_threshold=options["iou_threshold"],
+        tiou_threshold=float(options["iou_threshold"]),
         voting_threshold=options["voting_thresh"] if votes else None,
-        **{key: options[key] for key in ("sigma", "t1", "t2", "min_score", "max_seg_num", "multiclass")},
+        **{key: float(options[key]) for key in ("sigma", "t1", "t2", "min_score")},
+        **{key: options[key] for key in ("max_seg_num", "multiclass")},
     )
 
 

@@ -69,8 +69,8 @@ def _cuhk(case: Mapping[str, Any], path: Path) -> Iterator[Row]:
 
 
 def _seconds(case: Mapping[str, Any], path: Path) -> Iterator[Row]:
-    segments = to_seconds(np.array(case["segs"]), _grid(case["meta"]))
-    yield compare("seconds", segments, np.array(case["out"]), FLOAT32)
+    segments = to_seconds(np.array(case["segs"], np.float32).reshape(-1, 2), _grid(case["meta"]))
+    yield compare("seconds", segments, np.array(case["out"], np.float32).reshape(-1, 2), FLOAT32)
 
 
 def _anet_resize(case: Mapping[str, Any], path: Path) -> Iterator[Row]:
@@ -136,7 +136,7 @@ def _run(
     external: ExternalClassifier | None = None,
 ) -> Detections:
     proposals, scores = np.array(proposals, np.float32).reshape(-1, 2), np.array(scores, np.float32)
-    scores = scores.reshape(len(proposals), -1)
+    scores = scores.reshape(len(proposals), len(classes) or 1)
     valid = np.ones(len(proposals), bool)
     return postprocess(proposals, scores, valid, _grid(meta), config, classes, external, video_id=meta["video_name"])
 
