@@ -280,14 +280,16 @@ class RandomTrunc(StridedPolicy):
         return start, clipped, kept
 
 
-def clip_segments(segments: np.ndarray, start: float, end: float) -> tuple[np.ndarray, np.ndarray]:
+def clip_segments(
+    segments: np.ndarray, start: float | np.ndarray, end: float | np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Return the segments (N, 2) clipped to [start, end], and the part of each one's length that lies inside (N,).
 
-    A segment without length has no part inside.
+    A segment without length has no part inside. Columns (W, 1) of starts and ends give (W, N, 2) and (W, N).
     """
-    clipped = np.stack([np.maximum(segments[:, 0], start), np.minimum(segments[:, 1], end)], axis=1)
-    length = segments[:, 1] - segments[:, 0]
-    inside = np.clip(clipped[:, 1] - clipped[:, 0], 0, None)
+    clipped = np.stack([np.maximum(segments[:, 0], start), np.minimum(segments[:, 1], end)], axis=-1)
+    length = np.broadcast_to(segments[:, 1] - segments[:, 0], clipped.shape[:-1])
+    inside = np.clip(clipped[..., 1] - clipped[..., 0], 0, None)
     return clipped, np.divide(inside, length, out=np.zeros_like(inside), where=length > 0)
 
 
@@ -332,19 +334,20 @@ class SlidingWindow(StridedPolicy):
 
     def num_windows(self, record: VideoRecord, total_frames: int | None = None) -> int:
         """Return how many windows cover the video, or hold a segment if that is required."""
-        return len(self.layout(record, total_frames))
+        return len(self.layout(record, total_frames)[0])
 
     def _sample(self, record: VideoRecord, total_frames: int, index: int, rng: RandomSource | None) -> Sample:
-        (first, last), segments, labels = self.layout(record, total_frames)[index]
-        scale = self.frames_per_snippet
-        frames, valid = self.frames(record, total_frames, first * scale, last * scale)
-        grid = self.grid(record, frame_rate(record, total_frames), first * scale)
-        return Sample(frames, valid, segments, labels, grid)
+        ranges, segments, kept = (array[index] for array in self.layout(record, total_frames))
+        first, last = (ranges * self.frames_per_snippet).tolist()
+        frames, valid = self.frames(record, total_frames, first, last)
+        grid = self.grid(record, frame_rate(record, total_frames), first)
+        return Sample(frames, valid, segments[kept], record.labels[kept], grid)
 
-    def layout(
-        self, record: VideoRecord, total_frames: int | None
-    ) -> list[tuple[tuple[int, int], np.ndarray, np.ndarray]]:
-        """Return ((first, last + 1) snippet, segments in snippets of the window, labels) of the windows that count.
+    def layout(self, record: VideoRecord, total_frames: int | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the W windows that count and what the N segments are in them.
+
+        First and last + 1 snippet (W, 2); the segments clipped, in snippets of the window (W, N, 2); which of them
+        count in it (W, N).
 
         Raises:
             DataError: neither the annotation nor `total_frames` tells the number of frames.
@@ -356,16 +359,16 @@ class SlidingWindow(StridedPolicy):
                 "until the video is opened; pass total_frames."
             )
         segments = (record.segments_sec * frame_rate(record, num_frames)).astype(np.float32).astype(np.float64)
-        windows = []
-        for first, last in self.snippet_ranges(num_frames):
-            # targets end at the last snippet's first frame, as published: one stride before the window does
-            start, end = first * self.snippet_stride, (last - 1) * self.snippet_stride
-            clipped, inside = clip_segments(segments, start, end)
-            kept = inside > self.min_overlap
-            if kept.any() or not self.require_segment:
-                in_window = (clipped[kept] - start - self.offset_frames) / self.snippet_stride
-                windows.append(((first, last), in_window, record.labels[kept]))
-        return windows
+        ranges = np.array(self.snippet_ranges(num_frames))
+        # targets end at the last snippet's first frame, as published: one stride before the window does
+        start, end = ranges[:, :1] * self.snippet_stride, (ranges[:, 1:] - 1) * self.snippet_stride
+        clipped, inside = clip_segments(segments, start, end)
+        kept = inside > self.min_overlap
+        in_window = (clipped - start[..., None] - self.offset_frames) / self.snippet_stride
+        if not self.require_segment:
+            return ranges, in_window, kept
+        count = kept.any(axis=1)
+        return ranges[count], in_window[count], kept[count]
 
 
 POLICIES = Registry(

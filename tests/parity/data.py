@@ -183,7 +183,7 @@ def _sliding(
     record = next(record for record in records if record.video_id == item["video"])
     key = (policy, item["video"], total, id(records))
     if key not in cache:
-        cache[key] = {start: (i, last) for i, ((start, last), _, _) in enumerate(policy.layout(record, total))}
+        cache[key] = {start: (i, last) for i, (start, last) in enumerate(policy.layout(record, total)[0].tolist())}
     if first not in cache[key]:
         return None, {}
     index, last = cache[key][first]
