@@ -16,14 +16,17 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
 from re2tal_jax.errors import ConfigError, did_you_mean
 from re2tal_jax.types import Batch
 
 _ATTEMPTS = 10
-_GREY = (0.2989, 0.587, 0.114)
-_TO_YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
+_NUM_DRAWS = 2 * _ATTEMPTS + 9
+_GREY = np.array([0.2989, 0.587, 0.114], np.float32)
+_TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]], np.float32)
+_FROM_YIQ = np.linalg.inv(_TO_YIQ)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,10 +112,10 @@ def augment(
     """
     if key is None:
         config = evaluation(config)
-        keys = None
+        uniform = jnp.zeros((video.shape[0], _NUM_DRAWS))  # decides nothing: every strength is 0
     else:
-        keys = jax.random.split(key, video.shape[0])
-    draw = jax.vmap(lambda size, k: _draw(size, config, k), in_axes=(0, None if keys is None else 0))(frame_size, keys)
+        uniform = jax.random.uniform(key, (video.shape[0], _NUM_DRAWS))
+    draw = jax.vmap(lambda size, numbers: _draw(size, numbers, config))(frame_size, uniform)
     transform = _turned_sampler if config.rotation_degrees else _straight_sampler
     sample = jax.vmap(lambda d, frames: _colored(transform(d, frames, config), d, config))
     return _by_blocks(lambda frames: sample(draw, frames), video, config)
@@ -140,16 +143,20 @@ def _by_blocks(sample, video: UInt8[Array, "B F H W 3"], config: AugmentConfig) 
     return jax.lax.fori_loop(0, -(-frames // size), step, empty)
 
 
-def _draw(frame_size: Float[Array, "2"], config: AugmentConfig, key: Key[Array, ""] | None) -> _Draw:
-    if key is None:
-        key = jax.random.key(0)  # nothing is drawn from it: every strength is 0
-    crop, flip, turn, color = jax.random.split(key, 4)
-    box = _random_crop(frame_size, config, crop) if config.crop else _whole(frame_size, config)
-    chance, amount = jax.random.split(turn)
-    angle = jax.random.uniform(amount, minval=-1.0, maxval=1.0) * jnp.deg2rad(config.rotation_degrees)
-    angle = jnp.where(jax.random.bernoulli(chance, config.rotation_probability), angle, 0.0)
-    matrix, contrast = _color_map(config, color)
-    return _Draw(*box, jax.random.bernoulli(flip, config.flip), angle, matrix, contrast)
+def _draw(frame_size: Float[Array, "2"], uniform: Float[Array, " n"], config: AugmentConfig) -> _Draw:
+    """Turn one clip's numbers, uniform in [0, 1), into its transform."""
+    shapes, place, chances, amounts = jnp.split(uniform, np.cumsum([2 * _ATTEMPTS, 2, 2]))
+    box = _random_crop(frame_size, shapes, place, config) if config.crop else _whole(frame_size, config)
+    angle, *colors = 2 * amounts - 1
+    turned = chances[1] < config.rotation_probability
+    matrix, contrast = _color_map(colors, config)
+    return _Draw(
+        *box,
+        flip=chances[0] < config.flip,
+        angle=jnp.where(turned, angle * np.float32(np.deg2rad(config.rotation_degrees)), 0.0),
+        color=matrix,
+        contrast=contrast,
+    )
 
 
 def _whole(frame_size: Float[Array, "2"], config: AugmentConfig) -> tuple[Array, Array, Array, Array]:
@@ -162,41 +169,34 @@ def _whole(frame_size: Float[Array, "2"], config: AugmentConfig) -> tuple[Array,
 
 
 def _random_crop(
-    frame_size: Float[Array, "2"], config: AugmentConfig, key: Key[Array, ""]
+    frame_size: Float[Array, "2"], shapes: Float[Array, " n"], place: Float[Array, "2"], config: AugmentConfig
 ) -> tuple[Array, Array, Array, Array]:
     """Return the first of ten drawn crops that fits in the picture, else its largest centred square."""
-    shapes, place = jax.random.split(key)
-    area_key, aspect_key = jax.random.split(shapes)
-    area = jax.random.uniform(area_key, (_ATTEMPTS,), minval=1 - config.crop, maxval=1.0)
-    aspect = jnp.exp(jax.random.uniform(aspect_key, (_ATTEMPTS,), minval=-1.0, maxval=1.0) * jnp.log(config.aspect))
+    area = 1 - shapes[:_ATTEMPTS] * config.crop
+    aspect = jnp.exp((2 * shapes[_ATTEMPTS:] - 1) * np.float32(np.log(config.aspect)))
     source = frame_size[1] / frame_size[0]
     # width * height = area, in shares of the picture; width * source / height = aspect
     widths, heights = jnp.sqrt(area * aspect / source), jnp.sqrt(area / aspect * source)
     fits = (widths <= 1) & (heights <= 1)
-    side = jnp.min(frame_size)
+    square = jnp.min(frame_size) / frame_size
     first = jnp.argmax(fits)
-    height = jnp.where(fits.any(), heights[first], side / frame_size[0])
-    width = jnp.where(fits.any(), widths[first], side / frame_size[1])
-    top, left = jnp.where(fits.any(), jax.random.uniform(place, (2,)), 0.5)
-    return top * (1 - height), left * (1 - width), height, width
+    height = jnp.where(fits.any(), heights[first], square[0])
+    width = jnp.where(fits.any(), widths[first], square[1])
+    place = jnp.where(fits.any(), place, 0.5)
+    return place[0] * (1 - height), place[1] * (1 - width), height, width
 
 
-def _color_map(config: AugmentConfig, key: Key[Array, ""]) -> tuple[Float[Array, "3 3"], Float[Array, ""]]:
-    """Return the matrix of brightness, then saturation, then hue, and the factor of contrast."""
-    brightness, contrast, saturation, hue = jax.random.uniform(key, (4,), minval=-1.0, maxval=1.0) * jnp.asarray(
-        (config.brightness, config.contrast, config.saturation, config.hue), jnp.float32
-    )
-    matrix = jnp.eye(3) * (1 + brightness)
-    grey = jnp.ones((3, 1)) * jnp.asarray(_GREY)
-    matrix = (jnp.eye(3) * (1 + saturation) - grey * saturation) @ matrix
-    turn = 2 * jnp.pi * hue
-    rotation = (
-        jnp.eye(3)
-        .at[1:, 1:]
-        .set(jnp.stack([jnp.stack([jnp.cos(turn), -jnp.sin(turn)]), jnp.stack([jnp.sin(turn), jnp.cos(turn)])]))
-    )
-    to_yiq = jnp.asarray(_TO_YIQ)
-    return jnp.linalg.inv(to_yiq) @ rotation @ to_yiq @ matrix, 1 + contrast
+def _color_map(amounts: list[Array], config: AugmentConfig) -> tuple[Float[Array, "3 3"], Float[Array, ""]]:
+    """Return the matrix of brightness, then saturation, then hue, and the factor of contrast; amounts in -1..1."""
+    brightness, contrast, saturation, hue = amounts
+    keep = 1 + saturation * config.saturation
+    matrix = jnp.eye(3) * keep + (1 - keep) * np.tile(_GREY, (3, 1))
+    turn = hue * np.float32(2 * np.pi * config.hue)
+    cos, sin = jnp.cos(turn), jnp.sin(turn)
+    chroma = jnp.stack([jnp.stack([cos, -sin]), jnp.stack([sin, cos])])
+    rotation = jnp.eye(3).at[1:, 1:].set(chroma)
+    product = jnp.linalg.multi_dot([_FROM_YIQ, rotation, _TO_YIQ, matrix], precision="highest")
+    return product * (1 + brightness * config.brightness), 1 + contrast * config.contrast
 
 
 def _colored(frames: Float[Array, "F h w 3"], draw: _Draw, config: AugmentConfig) -> Float[Array, "F h w 3"]:
@@ -204,22 +204,21 @@ def _colored(frames: Float[Array, "F h w 3"], draw: _Draw, config: AugmentConfig
     if not config.colored:
         return frames
     frames = jnp.einsum("fhwc,dc->fhwd", frames, draw.color, precision="highest")
-    grey = jnp.einsum("fhwc,c->f", frames, jnp.asarray(_GREY), precision="highest") / (config.height * config.width)
+    grey = jnp.einsum("fhwc,c->f", frames, _GREY, precision="highest") / (config.height * config.width)
     frames = frames * draw.contrast + (1 - draw.contrast) * grey[:, None, None, None]
     return jnp.clip(frames, 0, 255)
 
 
-def _positions(draw: _Draw, config: AugmentConfig) -> tuple[Float[Array, " h"], Float[Array, " w"]]:
-    """Return where the centres of the result's rows and columns lie, in shares of the picture."""
-    rows = (jnp.arange(config.height, dtype=jnp.float32) + 0.5) / config.height
-    columns = (jnp.arange(config.width, dtype=jnp.float32) + 0.5) / config.width
-    columns = jnp.where(draw.flip, 1 - columns, columns)
-    return draw.top + rows * draw.height, draw.left + columns * draw.width
+def _centred(size: int) -> Float[Array, " size"]:
+    """Return the middles of `size` pixels, in shares of their row, from -0.5 to 0.5."""
+    return (jnp.arange(size, dtype=jnp.float32) + (0.5 - size / 2)) / size
 
 
 def _straight_sampler(draw: _Draw, frames: UInt8[Array, "F H W 3"], config: AugmentConfig) -> Array:
     """Crop, resize and flip by one matrix for the rows and one for the columns."""
-    rows, columns = _positions(draw, config)
+    rows, columns = _centred(config.height), _centred(config.width)
+    columns = jnp.where(draw.flip, -columns, columns)
+    rows, columns = draw.top + (rows + 0.5) * draw.height, draw.left + (columns + 0.5) * draw.width
     # uint8 values are exact in bfloat16; its rounded weights are not good enough for a float32 result
     dtype = jnp.dtype(config.dtype)
     precision = "highest" if config.dtype == "float32" else "default"
@@ -238,13 +237,13 @@ def _bilinear(positions: Float[Array, " n"], size: int) -> Float[Array, "n size"
 def _turned_sampler(draw: _Draw, frames: UInt8[Array, "F H W 3"], config: AugmentConfig) -> Array:
     """Crop, resize, flip and turn about the middle by a bilinear look-up; black where the picture ends."""
     size = frames.shape[1:3]
-    y = (jnp.arange(config.height, dtype=jnp.float32) + 0.5 - config.height / 2)[:, None]
-    x = (jnp.arange(config.width, dtype=jnp.float32) + 0.5 - config.width / 2)[None]
+    y = _centred(config.height)[:, None] * config.height
+    x = _centred(config.width)[None] * config.width
     cos, sin = jnp.cos(draw.angle), jnp.sin(draw.angle)
-    rows = (y * cos - x * sin) / config.height + 0.5
-    columns = (x * cos + y * sin) / config.width + 0.5
-    columns = jnp.where(draw.flip, 1 - columns, columns)
-    rows, columns = draw.top + rows * draw.height, draw.left + columns * draw.width
+    rows = (y * cos - x * sin) / config.height
+    columns = (x * cos + y * sin) / config.width
+    columns = jnp.where(draw.flip, -columns, columns)
+    rows, columns = draw.top + (rows + 0.5) * draw.height, draw.left + (columns + 0.5) * draw.width
     inside = (rows >= 0) & (rows <= 1) & (columns >= 0) & (columns <= 1)
     y, x = jnp.clip(rows * size[0] - 0.5, 0, size[0] - 1), jnp.clip(columns * size[1] - 0.5, 0, size[1] - 1)
     above, before = jnp.floor(y).astype(jnp.int32), jnp.floor(x).astype(jnp.int32)
@@ -290,10 +289,9 @@ def mirror(batch: Batch, swap: LabelSwap, key: Key[Array, ""], *, flip: float = 
     For classes that are motions with a direction: there `AugmentConfig.flip` would make the labels wrong. Of a clip
     with padding the valid part alone is played backward.
     """
-    flip_key, reverse_key = jax.random.split(key)
     size, (frames, snippets) = batch.video.shape[0], (batch.video.shape[1], batch.mask.shape[1])
-    flipped = jax.random.bernoulli(flip_key, flip, (size,))
-    reversed_ = jax.random.bernoulli(reverse_key, reverse, (size,))
+    uniform = jax.random.uniform(key, (2, size))
+    flipped, reversed_ = uniform[0] < flip, uniform[1] < reverse
     video = jnp.where(flipped[:, None, None, None, None], batch.video[:, :, :, ::-1], batch.video)
     valid = batch.mask.sum(axis=1, dtype=jnp.int32)
     order = jax.vmap(_backward, in_axes=(0, 0, None))(reversed_, valid * (frames // snippets), frames)
