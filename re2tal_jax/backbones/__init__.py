@@ -1,0 +1,35 @@
+"""Video backbones by name; each serves the ordinary and the rewired network from the same parameters.
+
+Contract: `backbone(video, *, key=None)` maps a normalised video (B, F, H, W, C) to features (B, T, h, w, D);
+`.intermediates(video)` returns them with a dict of what the stages gave; `out_channels`, `temporal_stride` (frames per
+feature) and `wiring` are attributes. Without a key nothing is random.
+"""
+
+from typing import Any
+
+from flax import nnx
+
+from re2tal_jax.backbones import video_swin
+from re2tal_jax.registry import Registry
+
+BACKBONES = Registry("backbone", video_swin.VARIANTS)
+
+
+def list_backbones() -> list[str]:
+    """Return the names that `build_backbone` takes."""
+    return sorted(BACKBONES)
+
+
+def build_backbone(name: str, *, rewired: bool = True, rngs: nnx.Rngs | None = None, **config: Any) -> nnx.Module:
+    """Build a backbone with random parameters (seed 0 if no `rngs` are given).
+
+    Args:
+        name: one of `list_backbones()`.
+        rewired: the reversible network, or the ordinary one; both have the same parameters.
+        rngs: random streams for the initial parameters.
+        config: arguments of the backbone that are to differ from its published form.
+
+    Raises:
+        ConfigError: an unknown name (the nearest is named), or sizes that make no network.
+    """
+    return BACKBONES[name](rewired=rewired, rngs=rngs or nnx.Rngs(0), **config)

@@ -1,0 +1,98 @@
+"""Parts that backbones share: layer norm in float32, the MLP branch, drop path, padding.
+
+A *branch* is a callable pytree `branch(x, *, key, aux)` that returns an array of x's shape (see `reversible.py`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, PRNGKeyArray
+
+
+def at_least_float32(dtype: DTypeLike) -> np.dtype:
+    """Return the dtype that sums, statistics and states of a computation in `dtype` have."""
+    return jnp.dtype(dtype) if jnp.finfo(dtype).bits > 32 else jnp.dtype(jnp.float32)
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm over the last axis: computed in at least float32 from the input as it is, returned in `dtype`.
+
+    `nnx.LayerNorm` rounds its input to `dtype` first: bfloat16 leaves 8 bits of a state that may be far from 0.
+    The default epsilon is that of PyTorch.
+    """
+
+    def __init__(self, features: int, *, epsilon: float = 1e-5, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.epsilon, self.dtype = epsilon, jnp.dtype(dtype)
+        self.scale = nnx.Param(jax.nn.initializers.ones(rngs.params(), (features,), jnp.float32))
+        self.bias = nnx.Param(jax.nn.initializers.zeros(rngs.params(), (features,), jnp.float32))
+
+    def __call__(self, x: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
+        """Normalise each position by mean and variance of its channels."""
+        precise = at_least_float32(x.dtype)
+        x = x.astype(precise)
+        centred = x - x.mean(-1, keepdims=True)
+        deviation = jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.epsilon)
+        scale, bias = self.scale[...].astype(precise), self.bias[...].astype(precise)
+        return (centred * deviation * scale + bias).astype(self.dtype)
+
+
+def pad_to_multiple(x: Float[Array, "B *size C"], multiple: Sequence[int]) -> Float[Array, "B *padded C"]:
+    """Append zeros at the end of the axes between batch and channels until each is a multiple of its number."""
+    ends = [-size % m for size, m in zip(x.shape[1:-1], multiple, strict=True)]
+    if not any(ends):
+        return x
+    return jnp.pad(x, [(0, 0), *((0, end) for end in ends), (0, 0)])
+
+
+class Mlp(nnx.Module):
+    """The second branch of a transformer block: layer norm, linear, GELU, linear, applied to each token alone."""
+
+    def __init__(self, features: int, hidden: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.norm = LayerNorm(features, dtype=dtype, rngs=rngs)
+        self.fc1 = nnx.Linear(features, hidden, dtype=dtype, rngs=rngs)
+        self.fc2 = nnx.Linear(hidden, features, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "*B C"], *, key: PRNGKeyArray | None = None, aux: Any = None
+    ) -> Float[Array, "*B C"]:
+        """Map (…, C) to (…, C) in the compute dtype."""
+        return self.fc2(gelu(self.fc1(self.norm(x))))
+
+
+def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Return the exact GELU (with erf, as PyTorch's), computed in at least float32."""
+    precise = x.astype(at_least_float32(x.dtype))
+    return jax.nn.gelu(precise, approximate=False).astype(x.dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DropPath:
+    """Stochastic depth (arXiv 1603.09382) around a branch: drop its whole output for some samples of a batch.
+
+    What is kept is scaled by 1 / (1 - rate), so the expectation is the branch itself. `rate` is an array: branches that
+    differ only in their rate are alike to a chain. The mask is a function of the key alone, so a recomputation with
+    the same key repeats it.
+
+    B1 of the reference is not copied: there a seed fixed at construction drops the same samples at every step.
+    """
+
+    branch: Any
+    rate: Float[Array, ""]
+
+    def __call__(self, x: Float[Array, "B ..."], *, key: PRNGKeyArray | None, aux: Any) -> Float[Array, "B ..."]:
+        """Run the branch; without a key (evaluation) nothing is dropped."""
+        if key is None:
+            return self.branch(x, key=None, aux=aux)
+        mask_key, branch_key = jax.random.split(key)
+        y = self.branch(x, key=branch_key, aux=aux)
+        keep = 1 - jax.lax.stop_gradient(self.rate)
+        kept = jax.random.bernoulli(mask_key, keep, (x.shape[0],) + (1,) * (x.ndim - 1))
+        precise = y.astype(at_least_float32(y.dtype))  # in bfloat16, 1 / keep would be off by up to 0.4 %
+        return jnp.where(kept, precise / keep.astype(precise.dtype), 0).astype(y.dtype)

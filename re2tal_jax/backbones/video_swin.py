@@ -1,0 +1,303 @@
+"""Video Swin Transformer (arXiv 2106.13230), ordinary and rewired from the same parameters.
+
+A stage is a chain of branches: window attention and MLP in turn, windows shifted by half in every other block. How the
+branches are wired is not known here: `self.wiring` runs the chain of a stage. Geometry, masks and padding are those of
+the published implementation (mmaction2 1.2.0 and OpenTAD's `re2tal_swin.py`), so that its weights give its outputs.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from re2tal_jax.backbones.layers import DropPath, LayerNorm, Mlp, at_least_float32, pad_to_multiple
+from re2tal_jax.backbones.windows import (
+    Size,
+    as_size,
+    clamp_window,
+    from_windows,
+    relative_position_index,
+    shift_regions,
+    to_windows,
+)
+from re2tal_jax.errors import ConfigError, DataError
+from re2tal_jax.reversible import PLAIN, REWIRED, Wiring
+
+MASKED = -100.0  # the reference's logit offset between regions that a shift has made neighbours; not -inf
+
+
+class VideoSwin(nnx.Module):
+    """Video Swin: patches to tokens, stages of windowed transformer blocks, H and W halved between stages.
+
+    Features have `embed_dim * 2**(stages - 1)` channels, T' = ceil(F / patch_t) and H', W' divided by the patch and by
+    two for every further stage, rounded up. A window is (time, height, width) in tokens.
+    """
+
+    def __init__(
+        self,
+        *,
+        patch_size: Size = (2, 4, 4),
+        embed_dim: int,
+        depths: tuple[int, ...],
+        num_heads: tuple[int, ...],
+        window_size: Size = (8, 7, 7),
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        drop_path_rate: float = 0.0,
+        in_channels: int = 3,
+        rewired: bool = True,
+        dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        """Build the parameters (float32); `dtype` is what branches compute in.
+
+        `drop_path_rate` is that of the last block; it grows from 0 linearly with depth.
+
+        Raises:
+            ConfigError: sizes that make no network.
+        """
+        _check(patch_size, embed_dim, depths, num_heads, window_size, drop_path_rate)
+        self.depths, self.drop_path_rate, self.in_channels = tuple(depths), drop_path_rate, in_channels
+        self.out_channels = embed_dim * 2 ** (len(depths) - 1)
+        self.temporal_stride = patch_size[0]
+        self.wiring: Wiring = REWIRED if rewired else PLAIN
+        self.patch_embed = PatchEmbed(patch_size, in_channels, embed_dim, dtype=dtype, rngs=rngs)
+        stages = []
+        for i, (depth, heads) in enumerate(zip(depths, num_heads, strict=True)):
+            dim = embed_dim * 2**i
+            blocks = [
+                Block(dim, heads, as_size(window_size), bool(j % 2), mlp_ratio, qkv_bias, dtype=dtype, rngs=rngs)
+                for j in range(depth)
+            ]
+            last = i == len(depths) - 1
+            stages.append(Stage(blocks, None if last else PatchMerging(dim, dtype=dtype, rngs=rngs)))
+        self.stages = nnx.List(stages)
+        self.norm = LayerNorm(self.out_channels, dtype=at_least_float32(dtype), rngs=rngs)
+
+    def __call__(
+        self, video: Float[Array, "B F H W C"], *, key: PRNGKeyArray | None = None
+    ) -> Float[Array, "B T h w D"]:
+        """Return features in at least float32; `key` switches drop path on."""
+        return self.intermediates(video, key=key)[0]
+
+    def intermediates(
+        self, video: Float[Array, "B F H W C"], *, key: PRNGKeyArray | None = None
+    ) -> tuple[Float[Array, "B T h w D"], dict[str, Float[Array, "B _ _ _ _"]]]:
+        """Return the features and, by name, what the parts gave.
+
+        `patch_embed`, `layer<i>` (the chain of stage i) and `downsample<i>` (its halved form, what stage i + 1 gets).
+        """
+        if video.ndim != 5 or video.shape[-1] != self.in_channels:
+            expected = f"(batch, frames, height, width, {self.in_channels})"
+            raise DataError(f"Video of shape {video.shape} does not fit the backbone: expected {expected}.")
+        x = self.patch_embed(video)
+        named = {"patch_embed": x}
+        for i, (stage, rates) in enumerate(zip(self.stages, self.drop_path_rates(), strict=True)):
+            branches = [
+                DropPath(branch, jnp.asarray(rate))
+                for block, rate in zip(stage.blocks, rates, strict=True)
+                for branch in (block.attn, block.mlp)
+            ]
+            stage_key = None if key is None else jax.random.fold_in(key, i)
+            x = named[f"layer{i}"] = self.wiring(branches, x, key=stage_key, aux=None)
+            if stage.downsample is not None:
+                x = named[f"downsample{i}"] = stage.downsample(x)
+        return self.norm(x), named
+
+    def drop_path_rates(self) -> list[np.ndarray]:
+        """Return the rate of every block by stage, float32: linear from 0 to that of the last block.
+
+        Both branches of a block have its rate, and each a mask of its own.
+        """
+        rates = np.linspace(0.0, self.drop_path_rate, sum(self.depths), dtype=np.float32)
+        return np.split(rates, np.cumsum(self.depths)[:-1])
+
+
+class Stage(nnx.Module):
+    """Blocks of one resolution and the step to the next (None after the last)."""
+
+    def __init__(self, blocks: Sequence["Block"], downsample: "PatchMerging | None"):
+        self.blocks = nnx.List(blocks)
+        self.downsample = downsample
+
+
+class Block(nnx.Module):
+    """The two branches of a transformer block; they are residual functions, without the sums around them."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        window_size: Size,
+        shifted: bool,
+        mlp_ratio: float,
+        qkv_bias: bool,
+        *,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        self.attn = WindowAttention(dim, num_heads, window_size, shifted, qkv_bias, dtype=dtype, rngs=rngs)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), dtype=dtype, rngs=rngs)
+
+
+class WindowAttention(nnx.Module):
+    """A branch: layer norm, then self-attention inside windows, with a learnt bias for each relative position.
+
+    `shifted` moves the windows by half their size, so that neighbours meet in every other block.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        window_size: Size,
+        shifted: bool,
+        qkv_bias: bool,
+        *,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        self.num_heads, self.window_size, self.shifted = num_heads, window_size, shifted
+        self.norm = LayerNorm(dim, dtype=dtype, rngs=rngs)
+        self.qkv = nnx.Linear(dim, 3 * dim, use_bias=qkv_bias, dtype=dtype, rngs=rngs)
+        self.proj = nnx.Linear(dim, dim, dtype=dtype, rngs=rngs)
+        positions = int(np.prod([2 * w - 1 for w in window_size]))
+        table = jax.nn.initializers.truncated_normal(0.02)(rngs.params(), (positions, num_heads), jnp.float32)
+        self.relative_position_bias = nnx.Param(table)
+
+    def __call__(
+        self, x: Float[Array, "B T H W C"], *, key: PRNGKeyArray | None = None, aux: Any = None
+    ) -> Float[Array, "B T H W C"]:
+        """Map (B, T, H, W, C) to the same shape in the compute dtype."""
+        size = as_size(x.shape[1:4])
+        window, shift = clamp_window(size, self.window_size, self.shifted)
+        y = pad_to_multiple(self.norm(x), window)  # zeros after the norm; they take part in attention, unmasked
+        padded, moved = as_size(y.shape[1:4]), [axis for axis in range(3) if shift[axis]]
+        regions = None
+        if moved:
+            y = jnp.roll(y, [-shift[axis] for axis in moved], [axis + 1 for axis in moved])
+            regions = jnp.tile(shift_regions(padded, window, shift), (x.shape[0], 1))
+        y = self.attend(to_windows(y, window), regions, self.bias(int(np.prod(window))))
+        y = from_windows(y, padded, window)
+        if moved:
+            y = jnp.roll(y, [shift[axis] for axis in moved], [axis + 1 for axis in moved])
+        return y[:, : size[0], : size[1], : size[2]]
+
+    def bias(self, tokens: int) -> Float[Array, "h N N"]:
+        """Return the bias of every head between the first `tokens` positions of a full window.
+
+        For a window clamped in H or W these are not the geometric neighbours; the pretrained weights were trained and
+        are evaluated so (REFERENCE section 3, item 5).
+        """
+        index = relative_position_index(self.window_size)[:tokens, :tokens]
+        return rearrange(self.relative_position_bias[...][index], "q k h -> h q k")
+
+    def attend(
+        self, x: Float[Array, "n N C"], regions: Int[Array, "n N"] | None, bias: Float[Array, "h N N"]
+    ) -> Float[Array, "n N C"]:
+        """Attend inside each of n windows of N tokens; tokens of different `regions` are kept apart."""
+        q, k, v = rearrange(self.qkv(x), "n t (s h d) -> s n h t d", s=3, h=self.num_heads)
+        precise = at_least_float32(q.dtype)
+        scale = q.shape[-1] ** -0.5
+        logits = jnp.einsum("nhqd,nhkd->nhqk", q * scale, k, preferred_element_type=precise) + bias.astype(precise)
+        if regions is not None:
+            same = regions[:, None, :, None] == regions[:, None, None, :]
+            logits = jnp.where(same, logits, logits + MASKED)
+        weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+        return self.proj(rearrange(jnp.einsum("nhqk,nhkd->nhqd", weights, v), "n h t d -> n t (h d)"))
+
+
+class PatchEmbed(nnx.Module):
+    """Cut a video into patches (zeros fill the last ones) and map each to a token, normalised."""
+
+    def __init__(self, patch_size: Size, in_channels: int, dim: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.patch_size = as_size(patch_size)
+        # a convolution whose stride is its kernel, as the matrix product it is: (p q r c) -> dim
+        self.proj = nnx.Linear(int(np.prod(patch_size)) * in_channels, dim, dtype=dtype, rngs=rngs)
+        self.norm = LayerNorm(dim, dtype=at_least_float32(dtype), rngs=rngs)
+
+    def __call__(self, video: Float[Array, "B F H W C"]) -> Float[Array, "B T h w D"]:
+        """Return tokens in at least float32: they start the states of the first stage."""
+        p, q, r = self.patch_size
+        x = pad_to_multiple(video, self.patch_size)
+        return self.norm(self.proj(rearrange(x, "b (t p) (h q) (w r) c -> b t h w (p q r c)", p=p, q=q, r=r)))
+
+
+class PatchMerging(nnx.Module):
+    """Halve H and W (zeros fill odd sizes): concatenate 2 x 2 neighbours, normalise, map 4C to 2C."""
+
+    def __init__(self, dim: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.norm = LayerNorm(4 * dim, dtype=dtype, rngs=rngs)
+        self.reduction = nnx.Linear(4 * dim, 2 * dim, use_bias=False, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B T H W C"]) -> Float[Array, "B T h w D"]:
+        """Return (B, T, ceil(H / 2), ceil(W / 2), 2C) in the dtype of x."""
+        y = pad_to_multiple(x, (1, 2, 2))
+        y = rearrange(y, "b t (h y) (w x) c -> b t h w (x y c)", y=2, x=2)  # (0,0) (1,0) (0,1) (1,1): row index first
+        return self.reduction(self.norm(y)).astype(x.dtype)
+
+
+def _check(
+    patch_size: Size,
+    embed_dim: int,
+    depths: tuple[int, ...],
+    num_heads: tuple[int, ...],
+    window_size: Size,
+    drop_path_rate: float,
+) -> None:
+    """Raise ConfigError for sizes that make no network."""
+    if not depths or min(depths) < 1:
+        raise ConfigError(f"depths = {tuple(depths)}: allowed is at least one stage of at least one block each.")
+    if len(num_heads) != len(depths):
+        raise ConfigError(
+            f"num_heads = {tuple(num_heads)} has {len(num_heads)} stages, depths = {tuple(depths)} has {len(depths)}: "
+            "give one number of heads per stage."
+        )
+    for name, size in (("patch_size", patch_size), ("window_size", window_size)):
+        if len(size) != 3 or min(size) < 1:
+            raise ConfigError(f"{name} = {tuple(size)}: allowed are three positive integers (time, height, width).")
+    for stage, heads in enumerate(num_heads):
+        dim = embed_dim * 2**stage
+        if heads < 1 or dim < 1 or dim % heads:
+            raise ConfigError(
+                f"Stage {stage} has {dim} channels (embed_dim = {embed_dim}) and num_heads = {heads}: "
+                "the heads must divide the channels."
+            )
+    if not 0 <= drop_path_rate < 1:
+        raise ConfigError(f"drop_path_rate = {drop_path_rate}: allowed is 0 <= rate < 1.")
+
+
+# Rules of checkpoints_convert: (pattern of a PyTorch key, our path). A rewired checkpoint calls a block's attention
+# branch `inv_block.Fm` and its MLP branch `inv_block.Gm`. The final norm is numbered by its stage.
+_BLOCK = r"layers\.(\d+)\.blocks\.(\d+)\."
+TORCH_NAMES: tuple[tuple[str, str], ...] = (
+    (r"patch_embed\.(proj|norm)\.(?:weight|bias)", r"patch_embed.\1.{leaf}"),
+    (_BLOCK + r"(?:inv_block\.Fm\.)?norm1\.(?:weight|bias)", r"stages.\1.blocks.\2.attn.norm.{leaf}"),
+    (_BLOCK + r"(?:inv_block\.Fm\.)?attn\.(qkv|proj)\.(?:weight|bias)", r"stages.\1.blocks.\2.attn.\3.{leaf}"),
+    (
+        _BLOCK + r"(?:inv_block\.Fm\.)?attn\.relative_position_bias_table",
+        r"stages.\1.blocks.\2.attn.relative_position_bias",
+    ),
+    (_BLOCK + r"(?:inv_block\.Gm\.)?norm2\.(?:weight|bias)", r"stages.\1.blocks.\2.mlp.norm.{leaf}"),
+    (_BLOCK + r"(?:inv_block\.Gm\.)?mlp\.(fc1|fc2)\.(?:weight|bias)", r"stages.\1.blocks.\2.mlp.\3.{leaf}"),
+    (r"layers\.(\d+)\.downsample\.(norm|reduction)\.(?:weight|bias)", r"stages.\1.downsample.\2.{leaf}"),
+    (r"norm\d*\.(?:weight|bias)", r"norm.{leaf}"),
+)
+TORCH_IGNORED: tuple[tuple[str, str], ...] = (
+    (r".*\.relative_position_index", "a constant of the window size, computed here"),
+)
+
+_swin = functools.partial(VideoSwin, depths=(2, 2, 18, 2))
+VARIANTS: dict[str, Callable[..., VideoSwin]] = {
+    "video_swin_tiny": functools.partial(VideoSwin, embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24)),
+    "video_swin_small": functools.partial(_swin, embed_dim=96, num_heads=(3, 6, 12, 24)),
+    "video_swin_base": functools.partial(_swin, embed_dim=128, num_heads=(4, 8, 16, 32)),
+    "video_swin_large": functools.partial(_swin, embed_dim=192, num_heads=(6, 12, 24, 48)),
+}

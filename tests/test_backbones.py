@@ -1,0 +1,112 @@
+"""The contract that every backbone of the registry keeps; a new one adds its small form to SMALL."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from checkpoints_convert.rules import flatten
+from re2tal_jax.backbones import BACKBONES, build_backbone, list_backbones
+from re2tal_jax.errors import ConfigError
+from re2tal_jax.reversible import PLAIN, REWIRED, rewire
+
+SMALL: dict[str, dict[str, Any]] = {  # by the beginning of the name: arguments of a network that runs in a moment
+    "video_swin": {"embed_dim": 4, "depths": (2, 1), "num_heads": (1, 2), "window_size": (2, 3, 3)},
+}
+VIDEO = (2, 8, 24, 32, 3)
+
+
+def family(name: str) -> str:
+    return next((prefix for prefix in SMALL if name.startswith(prefix)), name)
+
+
+FAMILIES = sorted({family(name) for name in list_backbones()})
+
+
+def small(name: str, *, rewired: bool = True) -> Any:
+    one = next(n for n in list_backbones() if family(n) == name)
+    return build_backbone(one, rewired=rewired, **SMALL[name])
+
+
+@functools.partial(jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
+def apply(graph: nnx.GraphDef, state: nnx.State, video: jax.Array) -> Any:
+    return nnx.merge(graph, state).intermediates(video)
+
+
+def run(model: nnx.Module, video: jax.Array) -> Any:
+    """Features and intermediates; compiled once for each structure."""
+    return apply(*nnx.split(model), video)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def name(request) -> str:
+    """Each family of backbones in turn."""
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def plain(name: str) -> Any:
+    """Its small ordinary network."""
+    return small(name, rewired=False)
+
+
+@pytest.fixture(scope="module")
+def video() -> jax.Array:
+    return jax.random.normal(jax.random.key(0), VIDEO)
+
+
+@pytest.mark.parametrize("variant", list_backbones())
+def test_published_form_is_built_with_parameters_alone(variant: str):
+    model = nnx.eval_shape(lambda: build_backbone(variant))
+    _, parameters, rest = nnx.split(model, nnx.Param, ...)
+    assert {leaf.dtype for leaf in jax.tree.leaves(parameters)} == {jnp.dtype(jnp.float32)}
+    assert not jax.tree.leaves(rest)
+    assert model.wiring == REWIRED
+    assert model.out_channels > 0
+
+
+def test_features_have_the_announced_shape(plain, video):
+    features, named = run(plain, video)
+    assert features.shape[:2] == (VIDEO[0], VIDEO[1] // plain.temporal_stride)
+    assert features.shape[-1] == plain.out_channels
+    assert features.ndim == 5
+    assert features.dtype == jnp.float32
+    assert named
+    assert jax.eval_shape(plain, video).shape == features.shape
+
+
+def test_plain_and_rewired_have_the_same_parameters(name, plain):
+    rewired = small(name)
+    assert (plain.wiring, rewired.wiring) == (PLAIN, REWIRED)
+    ours, theirs = flatten(plain), flatten(rewired)
+    assert set(ours) == set(theirs)
+    for path, value in ours.items():
+        np.testing.assert_array_equal(value, theirs[path])
+
+
+def test_rewiring_changes_the_function_and_the_way_back_restores_it(plain, video):
+    features, _ = run(plain, video)
+    rewired = rewire(plain)
+    assert all(a is b for a, b in zip(flatten(plain).values(), flatten(rewired).values(), strict=True))
+    assert jnp.abs(run(rewired, video)[0] - features).max() > 1e-3
+    np.testing.assert_array_equal(run(rewire(rewired, PLAIN), video)[0], features)
+
+
+def test_samples_of_a_batch_do_not_meet(plain, video):
+    one, two = run(plain, video)[0], run(plain, video.at[1].set(-video[1]))[0]
+    np.testing.assert_array_equal(one[0], two[0])
+    assert jnp.abs(one[1] - two[1]).max() > 1e-3
+
+
+def test_names_are_those_of_the_registry():
+    assert list_backbones() == sorted(BACKBONES)
+    assert {"video_swin_tiny", "video_swin_small", "video_swin_base", "video_swin_large"} <= set(BACKBONES)
+
+
+def test_an_unknown_name_is_answered_with_the_nearest():
+    with pytest.raises(ConfigError, match="'video_swin_tiny'"):
+        build_backbone("video_swin_tinny")
