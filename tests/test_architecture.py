@@ -16,7 +16,9 @@ LAYERS = [
     ("nms", "external_classifier", "postprocess", "evaluation"),
     ("data",),
     ("training", "inference"),
-    ("experiment", "inspection"),
+    ("settings",),
+    ("experiment",),
+    ("modes",),
     ("main", "__init__"),
 ]
 LAYER = {name: level for level, names in enumerate(LAYERS) for name in names}
