@@ -1,7 +1,9 @@
 """A detector of two linear layers and a loader of random clips, with the interfaces of the real ones."""
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +11,12 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from re2tal_jax.training.checkpoint import CheckpointConfig, Checkpoints
+from re2tal_jax.training.loop import LoopConfig, Run
 from re2tal_jax.training.optim import Duration, OptimConfig, Rule, Schedule, make_optimizer
-from re2tal_jax.training.sharding import MeshConfig, make_mesh
-from re2tal_jax.training.state import StateSpec, describe_model, describe_state
+from re2tal_jax.training.sharding import MeshConfig, make_mesh, put_batch
+from re2tal_jax.training.state import StateSpec, TrainState, describe_model, describe_state
+from re2tal_jax.training.step import make_train_step
 from re2tal_jax.types import Batch
 
 B, T, FRAMES_PER_SNIPPET, HW, C, N, K = 8, 6, 2, 4, 16, 3, 2
@@ -71,7 +76,7 @@ class StandIn(nnx.Module):
 def preprocess(batch: Batch, key) -> tuple[jax.Array, Batch]:
     video = batch.video.astype(jnp.float32)
     if key is not None:
-        video = video + jax.random.normal(key, (video.shape[0], 1, 1, 1, 1))
+        video = video + jax.random.uniform(key, (video.shape[0], 1, 1, 1, 1), maxval=9.0)
     return video, batch
 
 
@@ -141,6 +146,51 @@ def make_spec(
 
 
 def read_jsonl(path: Path) -> list[dict[str, float]]:
-    import json
-
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+class Parts(NamedTuple):
+    """What runs can share, so that the step is compiled once for several."""
+
+    spec: StateSpec
+    mesh: Mesh
+    train_step: Any
+
+
+def make_parts(*args, noise: bool = True, **kwargs) -> Parts:
+    spec, mesh = make_spec(*args, **kwargs)
+    return Parts(spec, mesh, make_train_step(spec, preprocess if noise else lambda b, key: preprocess(b, None), mesh))
+
+
+def make_run(workdir: Path, parts: Parts, *, loader: Loader | None = None, evaluate=None, **config) -> Run:
+    """A run of 20 steps that logs every one; evaluations give a metric that is best at step 5."""
+    durations = {"stop": 20, "evaluate_every": 20, "checkpoint_every": 10} | config
+    return Run(
+        config=LoopConfig(log_every_steps=1, **{k: Duration(steps=v) for k, v in durations.items()}),
+        spec=parts.spec,
+        train_step=parts.train_step,
+        mesh=parts.mesh,
+        data=loader or Loader(),
+        steps_per_epoch=Loader.steps_per_epoch,
+        key=jax.random.key(1),
+        workdir=workdir,
+        checkpoints=Checkpoints(workdir, CheckpointConfig()),
+        evaluate=evaluate or (lambda params, step: {"average_mAP": 1.0 / (1 + abs(step - 5))}),
+        video_ids=lambda windows: [VIDEOS[i] for i in windows],
+        saved_config={"name": "stand-in"},
+    )
+
+
+def bits(state: TrainState) -> list[bytes]:
+    """Every bit of a state."""
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
+
+
+def losses_of(parts: Parts, steps: int = 3, rows: slice = slice(None)) -> list[float]:
+    """Total losses of the first steps; `rows` are this process's part of every batch."""
+    state, loader, found = parts.spec.create(), Loader(), []
+    for _ in range(steps):
+        batch = {name: value[rows] for name, value in next(loader).items()}
+        state, metrics = parts.train_step(state, put_batch(batch, parts.mesh), jax.random.key(1))
+        found.append(float(metrics["loss/total"]))
+    return found

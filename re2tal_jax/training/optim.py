@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -37,13 +37,16 @@ class Duration:
     def __post_init__(self):
         given = [value for value in (self.steps, self.epochs) if value is not None]
         if len(given) != 1:
-            raise ConfigError(f"a duration needs exactly one of steps and epochs; got {self.steps=}, {self.epochs=}.")
+            raise ConfigError(f"a duration has exactly one of steps and epochs; got {self.steps} and {self.epochs}.")
         if not (math.isfinite(given[0]) and given[0] >= 0):
             raise ConfigError(f"a duration of {given[0]} is not allowed: it must be finite and >= 0.")
 
     def to_steps(self, steps_per_epoch: int) -> int:
         """Return this length in steps, rounded to the nearest."""
-        return self.steps if self.epochs is None else round(self.epochs * steps_per_epoch)
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None  # __post_init__
+        return round(self.epochs * steps_per_epoch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,10 +179,10 @@ def recipe_rules(
     rules = []
     if backbone_lr is not None:
         decay = weight_decay if backbone_weight_decay is None else backbone_weight_decay
-        values = {"lr": backbone_lr, "weight_decay": decay}
+        backbone = Rule(name="backbone", pattern=r"^backbone\.", lr=backbone_lr, weight_decay=decay)
         if freeze_backbone_norms:
-            rules.append(Rule(name="backbone_norms", pattern=BACKBONE_NORMS, frozen=True, **values))
-        rules.append(Rule(name="backbone", pattern=r"^backbone\.", **values))
+            rules.append(dataclasses.replace(backbone, name="backbone_norms", pattern=BACKBONE_NORMS, frozen=True))
+        rules.append(backbone)
     if decay_kernels_only:
         rules.append(Rule(name="localizer", pattern=r"\.kernel$", lr=localizer_lr, weight_decay=weight_decay))
         rules.append(Rule(name="localizer_no_decay", pattern=r"", lr=localizer_lr, weight_decay=0.0))
@@ -256,7 +259,8 @@ class Optimizer:
             scale = jnp.minimum(self.config.clip_norm / (norm + 1e-6), 1.0)  # 1e-6 as torch.nn.utils.clip_grad_norm_
             gradients = {path: g * scale for path, g in gradients.items()}
         with jax.numpy_dtype_promotion("standard"):  # optax raises a float to the power of an integer count
-            directions, state = self.adam.update(gradients, state)
+            moved, state = self.adam.update(gradients, state)
+        directions = cast(Params, moved)
         updated = {}
         for path, value in trainable.items():
             rule = self.assignment[path]

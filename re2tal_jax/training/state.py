@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
@@ -36,7 +37,7 @@ class TrainState:
 class Model:
     """The structure of a module apart from its parameters, whose paths and abstract values `parameters` lists."""
 
-    make: Callable[[], nnx.Module]
+    make: Callable[[], Any]
     structure: Any
     treedef: jax.tree_util.PyTreeDef
     parameters: Mapping[str, jax.ShapeDtypeStruct]
@@ -52,7 +53,7 @@ class Model:
         return nnx.merge(self.structure, jax.tree.unflatten(self.treedef, leaves))
 
 
-def describe_model(make: Callable[[], nnx.Module]) -> Model:
+def describe_model(make: Callable[[], Any]) -> Model:
     """Trace the construction of a module without computing or allocating anything.
 
     Raises:
@@ -78,9 +79,7 @@ def describe_model(make: Callable[[], nnx.Module]) -> Model:
 
 
 def _holds_tracer(attribute: Any) -> bool:
-    return hasattr(attribute, "value") and any(
-        isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(attribute.value)
-    )
+    return hasattr(attribute, "value") and any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(attribute.value))
 
 
 def flatten_params(module: nnx.Module) -> Params:

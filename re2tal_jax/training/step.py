@@ -46,7 +46,7 @@ def make_train_step(spec: StateSpec, preprocess: Preprocess, mesh: Mesh) -> Any:
             (_, (losses, localizer_state)), gradients = jax.value_and_grad(loss, has_aux=True)(trainable)
             return gradients, losses, localizer_state
 
-        gradients, losses, localizer_state = _accumulate(
+        gradients, losses, localizer_state = accumulate(
             gradients_of,
             optimizer.config.accumulate,
             trainable,
@@ -74,7 +74,7 @@ def make_train_step(spec: StateSpec, preprocess: Preprocess, mesh: Mesh) -> Any:
     )
 
 
-def _accumulate(
+def accumulate(
     gradients_of: Callable[..., Any],
     count: int,
     trainable: Params,
@@ -82,7 +82,10 @@ def _accumulate(
     localizer_state: Any,
     key: PRNGKeyArray,
 ) -> Any:
-    """Return mean gradients and mean losses over `count` micro-batches, and the localizer state after the last."""
+    """Return mean gradients and mean losses over `count` micro-batches, and the localizer state after the last.
+
+    `gradients_of(trainable, batch, localizer_state, key)` returns these three of one micro-batch.
+    """
     if count == 1:
         return gradients_of(trainable, batch, localizer_state, key)
     # Micro-batch i takes every count-th sample, so that each device keeps the samples that it has.

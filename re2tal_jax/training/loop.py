@@ -1,0 +1,246 @@
+"""A training run: steps, log lines, evaluations, checkpoints, and an exact continuation after any end."""
+
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import PRNGKeyArray
+
+from re2tal_jax.errors import ConfigError, DataError, Re2TalError
+from re2tal_jax.training.checkpoint import Checkpoints
+from re2tal_jax.training.header import log_header
+from re2tal_jax.training.interrupt import Leave, StopSignals
+from re2tal_jax.training.metrics import MetricWriter, Progress, memory_estimate
+from re2tal_jax.training.optim import Duration, Params
+from re2tal_jax.training.sharding import put_batch
+from re2tal_jax.training.state import StateSpec, TrainState
+
+log = logging.getLogger(__name__)
+
+
+class NonFiniteError(Re2TalError):
+    """A loss or gradient that is NaN or infinite."""
+
+
+class DataIterator(Protocol):
+    """Endless batches, `Batch`'s fields as numpy arrays with this process's rows, in an order that can be continued."""
+
+    def __next__(self) -> Mapping[str, np.ndarray]: ...
+
+    def __iter__(self) -> Iterator[Mapping[str, np.ndarray]]: ...
+
+    def get_state(self) -> Any:
+        """Return the position as JSON."""
+        ...
+
+    def set_state(self, state: Any) -> None:
+        """Go to a position: the next batch is the one that came next when it was taken."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """When a run ends, and what it does on the way; a run always ends with an evaluation and a checkpoint."""
+
+    stop: Duration
+    evaluate_every: Duration
+    checkpoint_every: Duration
+    log_every_steps: int = 10
+
+    def __post_init__(self):
+        if self.log_every_steps < 1:
+            raise ConfigError(f"log_every_steps = {self.log_every_steps} must be >= 1.")
+
+    def in_steps(self, steps_per_epoch: int) -> tuple[int, int, int]:
+        """Return (stop, evaluate_every, checkpoint_every) in steps, each at least 1."""
+        stop, evaluate, checkpoint = (
+            length.to_steps(steps_per_epoch) for length in (self.stop, self.evaluate_every, self.checkpoint_every)
+        )
+        if min(stop, evaluate, checkpoint) < 1:
+            steps = f"{stop}, {evaluate} and {checkpoint} steps"
+            raise ConfigError(f"stop, evaluate_every, checkpoint_every are {steps}; each must be at least 1.")
+        return stop, evaluate, checkpoint
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended: its state, the last evaluation (None if interrupted before one), and whether it was stopped."""
+
+    state: TrainState
+    step: int
+    metrics: Mapping[str, float] | None
+    interrupted: bool
+
+
+@dataclass(kw_only=True)
+class Run:
+    """Everything a run is made of; `run()` trains from the latest checkpoint of the workdir, or from the start.
+
+    Args:
+        train_step: see `make_train_step`.
+        key: the run's random key, the same whenever it is resumed.
+        evaluate: (averaged parameters, step) -> metrics, the one that ranks checkpoints among them.
+        video_ids: window numbers of a batch -> the names of their videos, for the error of a loss that is NaN.
+        saved_config: the resolved configuration, JSON, kept with every checkpoint.
+        initial: parameters that replace freshly drawn ones when nothing is resumed.
+        about: lines for the start-up header, such as data counts and findings.
+    """
+
+    config: LoopConfig
+    spec: StateSpec
+    train_step: Any
+    mesh: Mesh
+    data: DataIterator
+    steps_per_epoch: int
+    key: PRNGKeyArray
+    workdir: Path
+    checkpoints: Checkpoints
+    evaluate: Callable[[Params, int], Mapping[str, float]]
+    video_ids: Callable[[np.ndarray], Sequence[str]]
+    saved_config: Mapping[str, Any]
+    initial: Mapping[str, np.ndarray] | None = None
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    def run(self) -> TrainResult:
+        """Train to the end, or until a signal; see the module's docstring.
+
+        Raises:
+            NonFiniteError: a loss or gradient is NaN or infinite. No state that it has touched is saved.
+            CheckpointError: the workdir's latest checkpoint does not fit the model.
+        """
+        log_header(self.spec, self.mesh, self.workdir, self.about)
+        self._begin()
+        self.progress = Progress(self.total, self.mesh.local_devices)
+        self.writer = MetricWriter(self.workdir, resumed_step=self.step, enabled=jax.process_index() == 0)
+        self.pending: deque[tuple[int, Any, np.ndarray]] = deque()
+        try:
+            with StopSignals() as self.signals:
+                interrupted = self._train()
+        finally:
+            self.writer.close()
+            self.checkpoints.wait()
+        if interrupted:
+            log.warning(
+                "stopped at step %d of %d; run the same command again to go on from there.", self.step, self.total
+            )
+        return TrainResult(self.state, self.step, self.metrics, interrupted)
+
+    def _begin(self) -> None:
+        """Restore the latest checkpoint, or create the state."""
+        self.total, self.evaluate_every, self.checkpoint_every = self.config.in_steps(self.steps_per_epoch)
+        if self.checkpoints.latest_step is None:
+            self.state, self.metrics, self.step = self.spec.create(self.initial), None, 0
+            log.info("start: new run of %d steps, %d an epoch", self.total, self.steps_per_epoch)
+        else:
+            restored = self.checkpoints.restore(self.spec.abstract)
+            self.state, self.metrics, self.step = restored.state, restored.metrics, restored.step
+            self.data.set_state(restored.data)
+            log.info("start: resumed at step %d of %d, %d an epoch", self.step, self.total, self.steps_per_epoch)
+        self.position = self.data.get_state()
+        self.saved_at = self.checkpoints.latest_step
+
+    def _train(self) -> bool:
+        """Take steps until the end; return whether a signal came first."""
+        compiled = False
+        while self.step < self.total:
+            batch = self._next_batch()
+            placed = put_batch(batch, self.mesh)
+            if not compiled:
+                self._compile(placed)
+                compiled = True
+            self.state, metrics = self.train_step(self.state, placed, self.key)
+            self.step += 1
+            self._settle()  # of the step before, while the device works on this one
+            self.pending.append((self.step, metrics, batch["window"]))
+            self.metrics = None
+            if self.signals.agreed(may_wait=self.step % self.config.log_every_steps == 0):
+                self._save()
+                return True
+            if not self._evaluate_and_save():
+                return True
+        if self.metrics is None:  # resumed at the last step, whose evaluation had been cut short
+            self._evaluate()
+        return False
+
+    def _next_batch(self) -> Mapping[str, np.ndarray]:
+        """Take a batch; if the data fail, keep what was trained before telling."""
+        begin = time.monotonic()
+        try:
+            batch = next(self.data)
+        except Exception as error:
+            if self.step > 0:
+                self._save()
+            if isinstance(error, StopIteration):
+                raise DataError(f"the training data ended at step {self.step}; batches must be endless.") from None
+            raise
+        self.position = self.data.get_state()
+        self.progress.waited(time.monotonic() - begin)
+        return batch
+
+    def _compile(self, batch: Any) -> None:
+        """Compile the step ahead of the first call, which then finds it, to tell its time and memory apart."""
+        begin = time.monotonic()
+        compiled = self.train_step.lower(self.state, batch, self.key).compile()
+        seconds = time.monotonic() - begin
+        log.info("train step: compiled in %.1f s, plans %s", seconds, memory_estimate(compiled))
+        self.progress.pause(seconds)
+
+    def _settle(self) -> None:
+        """Wait for the metrics of the steps under way; stop if they are not finite, log them when it is time."""
+        while self.pending:
+            step, metrics, windows = self.pending.popleft()
+            metrics = jax.device_get(metrics)
+            if not all(math.isfinite(metrics[name]) for name in ("loss/total", "grad_norm")):
+                self._stop_not_finite(step, metrics, windows)
+            self.progress.add(metrics)
+            if step % self.config.log_every_steps == 0 or step == self.total:
+                self.writer.write(step, self.progress.report(step))
+
+    def _stop_not_finite(self, step: int, metrics: Mapping[str, Any], windows: np.ndarray) -> None:
+        values = ", ".join(f"{k} = {float(v):g}" for k, v in metrics.items() if not k.startswith("lr/"))
+        videos = ", ".join(self.video_ids(windows[windows >= 0]))
+        last = "none is saved" if self.saved_at is None else f"the latest saved is step {self.saved_at}"
+        raise NonFiniteError(
+            f"step {step} is not finite: {values}. Its videos: {videos}. No state from here on is saved; {last}. "
+            "Look at these videos, lower the learning rate, or compute in float32."
+        )
+
+    def _evaluate_and_save(self) -> bool:
+        """Do what is due after this step; return False if a signal came while evaluating."""
+        evaluate = self.step % self.evaluate_every == 0 or self.step == self.total
+        if not evaluate and self.step % self.checkpoint_every:
+            return True
+        self._settle()
+        begin = time.monotonic()
+        try:
+            if evaluate:
+                with self.signals.leaving_early():
+                    self._evaluate()
+        except Leave:
+            return False
+        finally:
+            self._save()  # also when the evaluation fails: the training before it is not lost
+            self.progress.pause(time.monotonic() - begin)
+        return True
+
+    def _evaluate(self) -> None:
+        metrics = dict(self.evaluate(self.state.ema_params, self.step))
+        self.checkpoints.check_metrics(metrics)
+        self.metrics = metrics
+        self.writer.write(self.step, {f"eval/{name}": value for name, value in metrics.items()})
+        log.info("step %d | evaluation | %s", self.step, " ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
+
+    def _save(self) -> None:
+        """Save this step once, if everything up to it is finite."""
+        self._settle()
+        if self.step != self.saved_at:
+            self.checkpoints.save(self.state, data=self.position, config=self.saved_config, metrics=self.metrics)
+            self.saved_at = self.step

@@ -1,0 +1,205 @@
+"""A run: exact continuation after any end, one compilation, NaN, signals, log, evaluation."""
+
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+
+import jax
+import numpy as np
+import pytest
+
+from re2tal_jax.errors import ConfigError, DataError
+from re2tal_jax.training.loop import LoopConfig, NonFiniteError
+from re2tal_jax.training.optim import Duration
+from re2tal_jax.training.sharding import MeshConfig
+from tests.training_stand_in import VIDEOS, Loader, bits, make_parts, make_run, read_jsonl
+
+
+@pytest.fixture(scope="module")
+def parts():
+    return make_parts()
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, parts):
+    """Twenty steps without interruption, and the backend compilations after the first step."""
+    workdir, compilations = tmp_path_factory.mktemp("straight"), []
+    jax.monitoring.register_event_duration_secs_listener(lambda event, _, **kw: compilations.append(event))
+
+    def before(position: int) -> None:
+        if position == 1:
+            compilations.clear()
+
+    run = make_run(workdir, parts, loader=Loader(before=before), checkpoint_every=100)
+    result = run.run()
+    counted = [event for event in compilations if "backend_compile" in event]
+    return result, read_jsonl(workdir / "metrics.jsonl"), run, counted
+
+
+def losses(lines):
+    return {line["step"]: line["loss/total"] for line in lines if "loss/total" in line}
+
+
+def stop_at(position: int, number: int):
+    def before(at: int) -> None:
+        if at == position:
+            os.kill(os.getpid(), number)
+
+    return before
+
+
+def test_step_is_compiled_once_in_a_run(straight):
+    _, _, run, compilations_after_first_step = straight
+    assert run.train_step._cache_size() == 1
+    assert compilations_after_first_step == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_resumed_run_equals_the_straight_one_bit_for_bit(
+    tmp_path, parts, straight, number, caplog
+):
+    first = make_run(tmp_path, parts=parts, loader=Loader(before=stop_at(9, number)), checkpoint_every=100)
+    stopped = first.run()
+    assert stopped.interrupted
+    assert stopped.step == 10
+    assert stopped.metrics is None
+    assert "same command again" in caplog.text
+    resumed = make_run(tmp_path, parts)
+    result = resumed.run()
+    assert not result.interrupted
+    assert bits(result.state) == bits(straight[0].state)
+    assert resumed.data.position == 20
+    assert losses(read_jsonl(tmp_path / "metrics.jsonl")) == losses(straight[1])
+
+
+def test_kill_in_mid_save_leaves_a_run_that_goes_on_exactly(tmp_path, parts, straight):
+    script = """
+        import os, pathlib, signal, sys
+        import jax
+        jax.config.update("jax_numpy_dtype_promotion", "strict")
+        from tests.training_stand_in import Loader, make_parts, make_run
+
+        def before(position):
+            if position == 14:
+                run.saved_config = {"ballast": "x" * 200_000_000}  # the save of step 15 takes a while
+            if position == 15:  # that save has just been started
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        run = make_run(pathlib.Path(sys.argv[1]), make_parts(), loader=Loader(before=before), checkpoint_every=5)
+        run.run()
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    folders = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert folders[0] == "10"
+    assert folders[1].startswith("15.")  # unfinished, under another name
+    resumed = make_run(tmp_path, parts)
+    assert resumed.checkpoints.latest_step == 10
+    assert bits(resumed.run().state) == bits(straight[0].state)
+    assert losses(read_jsonl(tmp_path / "metrics.jsonl")) == losses(straight[1])
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["20"]
+
+
+def test_losses_on_eight_devices_equal_those_on_one(tmp_path, straight):
+    parts = make_parts(MeshConfig(data=4, fsdp=2, fsdp_min_size=8), devices=8)
+    assert make_run(tmp_path, parts).run().step == 20
+    eight, one = losses(read_jsonl(tmp_path / "metrics.jsonl")), losses(straight[1])
+    assert sorted(eight) == list(range(1, 21))
+    np.testing.assert_allclose([eight[k] for k in one], list(one.values()), rtol=2e-6)
+
+
+def test_nan_stops_and_names_step_and_videos_and_is_never_saved(tmp_path, parts):
+    run = make_run(tmp_path, parts, loader=Loader(poison=12), checkpoint_every=13)
+    loader = Loader()
+    for _ in range(13):
+        windows = next(loader)["window"]
+    names = ", ".join(VIDEOS[i] for i in windows)
+    with pytest.raises(NonFiniteError, match=rf"step 13 is not finite: .*loss/total = nan.*Its videos: {names}\."):
+        run.run()
+    assert run.checkpoints.latest_step is None
+    assert max(losses(read_jsonl(tmp_path / "metrics.jsonl"))) == 12
+
+
+def test_a_loader_that_fails_does_not_lose_training(tmp_path, parts, straight):
+    def before(position: int) -> None:
+        if position == 7:
+            raise DataError("video_3: no frames")
+
+    run = make_run(tmp_path, parts, loader=Loader(before=before))
+    with pytest.raises(DataError, match="video_3"):
+        run.run()
+    resumed = make_run(tmp_path, parts)
+    assert resumed.checkpoints.latest_step == 7
+    assert bits(resumed.run().state) == bits(straight[0].state)
+
+
+def test_a_signal_during_evaluation_saves_and_the_evaluation_is_made_up_for(tmp_path, parts):
+    def interrupted(params, step):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("the signal leaves the evaluation")
+
+    durations = {"stop": 3, "evaluate_every": 3}
+    result = make_run(tmp_path, parts, evaluate=interrupted, **durations).run()
+    assert result.interrupted
+    assert result.step == 3
+    seen = []
+
+    def evaluate(params, step):
+        seen.append(step)
+        return {"average_mAP": 0.25}
+
+    result = make_run(tmp_path, parts, evaluate=evaluate, **durations).run()
+    assert (result.interrupted, result.metrics, seen) == (False, {"average_mAP": 0.25}, [3])
+    assert {"step": 3, "eval/average_mAP": 0.25} in read_jsonl(tmp_path / "metrics.jsonl")
+
+
+def test_a_failing_evaluation_does_not_lose_training(tmp_path, parts):
+    run = make_run(tmp_path, parts, evaluate=lambda params, step: {"mAP": 0.5}, stop=2)
+    with pytest.raises(ConfigError, match=r"'average_mAP' is none of the evaluation's\. Allowed: mAP"):
+        run.run()
+    assert run.checkpoints.latest_step == 2
+
+
+def test_evaluation_sees_averaged_parameters_and_the_best_checkpoint_is_kept(tmp_path, parts):
+    seen = {}
+
+    def evaluate(params, step):
+        seen[step] = np.asarray(params["localizer.head.kernel"])
+        return {"average_mAP": 1.0 / (1 + abs(step - 4))}
+
+    run = make_run(tmp_path, parts, evaluate=evaluate, evaluate_every=2, stop=9)
+    result = run.run()
+    assert list(seen) == [2, 4, 6, 8, 9]
+    np.testing.assert_array_equal(seen[9], np.asarray(result.state.ema_params["localizer.head.kernel"]))
+    assert (seen[9] != np.asarray(result.state.params["localizer.head.kernel"])).any()
+    assert (run.checkpoints.best_step, run.checkpoints.latest_step) == (4, 9)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["4", "9"]
+
+
+def test_console_has_a_header_a_line_per_step_and_compile_time_apart(tmp_path, parts, caplog):
+    caplog.set_level(logging.INFO)
+    run = make_run(tmp_path, parts, stop=2)
+    run.about = {"data": "40 videos, 2 clipped segments"}
+    run.run()
+    text = caplog.text
+    assert re.search(r"versions: python 3\.\d+\.\d+, jax \d", text)
+    assert "devices: 1 x cpu in 1 process(es), mesh data 1 x fsdp 1" in text
+    assert "data: 40 videos, 2 clipped segments" in text
+    assert "parameters: 130 in 6 arrays, 98 of them trained" in text
+    assert f"workdir: {tmp_path}" in text
+    assert re.search(r"train step: compiled in \d+\.\d s, plans .* MiB per device", text)
+    assert re.search(
+        r"step 1/2 \| ETA 00:\d\d:\d\d \| \d+\.\d{3} s/step \| normalizer .* total .* \| grad norm .* \| peak", text
+    )
+
+
+def test_durations_must_be_possible():
+    half = Duration(epochs=0.01)
+    config = LoopConfig(stop=Duration(steps=5), evaluate_every=half, checkpoint_every=Duration(epochs=1))
+    with pytest.raises(ConfigError, match="are 5, 0 and 5 steps; each must be at least 1"):
+        config.in_steps(5)
