@@ -46,7 +46,7 @@ def point_targets(
     A point belongs to a segment if it lies strictly inside the segment and strictly within `center_sample_radius`
     strides of its centre, and if the farther of its two distances lies in its level's range, both ends included.
     The shortest such segment gives the offsets (the first one among equals) and, together with all others of its
-    length within 1e-3, the classes. Background points have no class. Source: ActionFormer (arXiv 2202.07925) section 3.3.
+    length within 1e-3, the classes. Background points have no class. Source: ActionFormer (arXiv 2202.07925), 3.3.
 
     Args:
         points: time, shortest distance, longest distance, stride (`pyramid_points`).
