@@ -158,9 +158,12 @@ def test_a_few_missing_frames_at_the_end_repeat_the_last_good_one(tmp_path):
     short = truncated(tmp_path / "short.mp4", whole, 0.9)
     frames = read_frames(short, range(48), 16, 16)
     np.testing.assert_array_equal(frames[:40], read_frames(whole, range(40), 16, 16))
-    repeats = (frames[1:] == frames[:-1]).all(axis=(1, 2, 3))
-    assert repeats[-1]
-    assert 1 <= repeats.sum() <= video.TAIL_FRAMES
+    repeats = int((frames[1:] == frames[:-1]).all(axis=(1, 2, 3)).sum())
+    assert 1 <= repeats <= video.TAIL_FRAMES
+    np.testing.assert_array_equal(frames[47 - repeats], read_frames(whole, [47 - repeats], 16, 16)[0])
+    np.testing.assert_array_equal(
+        read_frames(short, [0, 47], 16, 16), frames[[0, 47]]
+    )  # the last good, not the last read
 
 
 def test_widths_that_decord_cannot_hand_over_are_read_all_the_same(numbered):

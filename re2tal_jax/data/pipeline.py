@@ -8,7 +8,7 @@ import logging
 import queue
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any
 
 import grain
@@ -92,7 +92,7 @@ class Loader:
     def __len__(self) -> int:
         return self.steps_per_epoch
 
-    def __iter__(self) -> Iterator[NumpyBatch]:
+    def __iter__(self) -> Generator[NumpyBatch, None, None]:
         """Yield batches from the current place on.
 
         Raises:

@@ -127,7 +127,7 @@ def render(scene: Scene, rng: np.random.Generator) -> Iterator[UInt8[np.ndarray,
 def _spans(count: int, num_frames: int, rng: np.random.Generator) -> list[tuple[int, int]]:
     """Draw `count` stretches of frames with gaps between them; lengths are log-uniform in LENGTHS of the video."""
     while True:
-        lengths = np.rint(np.exp(rng.uniform(*np.log(LENGTHS), count)) * num_frames).astype(int)
+        lengths = np.rint(np.exp(rng.uniform(np.log(LENGTHS[0]), np.log(LENGTHS[1]), count)) * num_frames).astype(int)
         free = num_frames - lengths.sum() - 2 * (count - 1)  # two frames at least between instances
         if free >= 0 and lengths.min() >= LENGTHS[0] * num_frames and lengths.max() <= LENGTHS[1] * num_frames:
             break

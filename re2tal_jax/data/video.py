@@ -15,6 +15,9 @@ import av
 import av.filter
 import decord
 import numpy as np
+from av.container import InputContainer
+from av.error import FFmpegError
+from av.video.stream import VideoStream
 from jaxtyping import Float, Int, UInt8
 
 from re2tal_jax.errors import ConfigError, DataError
@@ -111,7 +114,7 @@ def read_frames(
         )
     unique, inverse = np.unique(indices, return_inverse=True)
     size = (height, width) if crop == "squeeze" else _covering_size(info, height, width)
-    frames = _read(path, unique, size, reader)
+    frames = _read(path, unique, size, info.num_frames, reader)
     top, left = (size[0] - height) // 2, (size[1] - width) // 2
     frames = frames[:, top : top + height, left : left + width]
     in_order = len(unique) == len(indices) and np.array_equal(unique, indices)
@@ -144,15 +147,19 @@ def seconds_to_frames(seconds: Float[np.ndarray, "*N"], times_sec: Float[np.ndar
 
 
 def _read(
-    path: str | Path, unique: Int[np.ndarray, " F"], size: tuple[int, int], reader: Reader
+    path: str | Path, unique: Int[np.ndarray, " F"], size: tuple[int, int], num_frames: int, reader: Reader
 ) -> UInt8[np.ndarray, "F H W 3"]:
     if reader != "pyav":
         try:
             return _read_decord(path, unique, size)
-        except (decord.DECORDError, IndexError):  # also raised for frames that are 8, 12, 16, 24, 48 or 72 wide
+        except (
+            decord.DECORDError,
+            RuntimeError,
+            IndexError,
+        ):  # also raised for frames that are 8, 12, 16, 24, 48 or 72 wide
             if reader == "decord":
                 raise
-    return _read_pyav(path, unique, size)
+    return _read_pyav(path, unique, size, num_frames)
 
 
 def _read_decord(path: str | Path, unique: Int[np.ndarray, " F"], size: tuple[int, int]) -> np.ndarray:
@@ -163,39 +170,33 @@ def _read_decord(path: str | Path, unique: Int[np.ndarray, " F"], size: tuple[in
     return video.get_batch(unique).asnumpy()
 
 
-def _read_pyav(path: str | Path, unique: Int[np.ndarray, " F"], size: tuple[int, int]) -> np.ndarray:
-    wanted = set(unique.tolist())
-    found: dict[int, np.ndarray] = {}
-    last = -1
+def _read_pyav(
+    path: str | Path, unique: Int[np.ndarray, " F"], size: tuple[int, int], num_frames: int
+) -> UInt8[np.ndarray, "F H W 3"]:
+    wanted, found = set(unique.tolist()), {}
+    last, frame, convert = -1, None, None
     with _open(path) as container:
         stream = container.streams.video[0]
-        convert: _Converter | None = None
-        for number, frame in _decode_from(path, container, stream, int(unique[0])):
-            last = number
-            if number in wanted and number not in found:
+        for last, frame in _decode_from(path, container, stream, int(unique[0])):
+            if last in wanted and last not in found:
                 convert = convert or _Converter(stream, frame, size)
-                found[number] = convert(frame)
-            if number >= unique[-1]:
+                found[last] = convert(frame)
+            if last >= unique[-1]:
                 break
-    missing = [n for n in unique.tolist() if n not in found]
-    if missing:
-        _fill_tail(path, found, missing, last)
-    return np.stack([found[n] for n in unique.tolist()])
+        missing = sorted(wanted - found.keys())
+        if missing and (frame is None or missing[0] < last or num_frames - 1 - last > TAIL_FRAMES):
+            raise DataError(
+                f"{path}: frames {missing[0]}..{missing[-1]} cannot be decoded, the last good one is {last}: the file "
+                "is truncated or damaged. Download or encode it again, or leave it out."
+            )
+        if missing and frame is not None and last not in found:
+            found[last] = (convert or _Converter(stream, frame, size))(frame)
+    return np.stack([found[min(n, last)] for n in unique.tolist()])
 
 
-def _fill_tail(path: str | Path, found: dict[int, np.ndarray], missing: list[int], last: int) -> None:
-    """Repeat the last frame for up to TAIL_FRAMES missing at the end, or raise."""
-    good = max(found, default=-1)
-    if good < 0 or missing[0] < good or missing[-1] - last > TAIL_FRAMES:
-        raise DataError(
-            f"{path}: frames {missing[0]}..{missing[-1]} cannot be decoded, the last good one is {last}: the file is "
-            "truncated or damaged. Download or encode it again, or let the loader skip it (on_error='skip')."
-        )
-    for number in missing:
-        found[number] = found[good]
-
-
-def _decode_from(path: str | Path, container: av.container.InputContainer, stream, first: int) -> Iterator:
+def _decode_from(
+    path: str | Path, container: InputContainer, stream: VideoStream, first: int
+) -> Iterator[tuple[int, av.VideoFrame]]:
     """Yield (number, frame) from a key frame at or before frame `first` until the end or the first fault."""
     pts, _, _ = _timestamps(path)
     if first and first < len(pts):
@@ -203,17 +204,17 @@ def _decode_from(path: str | Path, container: av.container.InputContainer, strea
     count = -1
     try:
         for frame in container.decode(stream):
-            known = len(pts) and frame.pts is not None
-            count = int(np.searchsorted(pts, frame.pts)) if known else count + 1
+            timed = len(pts) and frame.pts is not None
+            count = int(np.searchsorted(pts, np.int64(frame.pts or 0))) if timed else count + 1
             yield count, frame
-    except av.error.FFmpegError:
+    except FFmpegError:
         return
 
 
 class _Converter:
     """Rotate, scale and convert decoded frames by the filters (and flags) that decord uses."""
 
-    def __init__(self, stream, frame: av.VideoFrame, size: tuple[int, int]):
+    def __init__(self, stream: VideoStream, frame: av.VideoFrame, size: tuple[int, int]):
         graph = av.filter.Graph()
         source = graph.add_buffer(
             width=frame.width, height=frame.height, format=frame.format, time_base=stream.time_base
@@ -233,7 +234,7 @@ class _Converter:
         return self._graph.pull().to_ndarray()
 
 
-def _open(path: str | Path) -> av.container.InputContainer:
+def _open(path: str | Path) -> InputContainer:
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: there is no such video file. Check the data set's video folder and file names.")
@@ -241,7 +242,7 @@ def _open(path: str | Path) -> av.container.InputContainer:
         raise DataError(f"{path}: the video file is empty. Download it again.")
     try:
         container = av.open(str(path))
-    except (av.error.FFmpegError, OSError) as error:
+    except (FFmpegError, OSError) as error:
         raise DataError(
             f"{path}: not readable as a video ({error.strerror}): truncated, damaged, or another kind of file. "
             "Download or encode it again."
@@ -252,16 +253,16 @@ def _open(path: str | Path) -> av.container.InputContainer:
     return container
 
 
-def _rotation(container: av.container.InputContainer, stream) -> int:
+def _rotation(container: InputContainer, stream: VideoStream) -> int:
     try:
         return next(container.decode(stream)).rotation
-    except (av.error.FFmpegError, StopIteration):
+    except (FFmpegError, StopIteration):
         return 0
 
 
-def _duration(container: av.container.InputContainer, stream) -> float | None:
+def _duration(container: InputContainer, stream: VideoStream) -> float | None:
     if stream.duration:
-        return float(stream.duration * stream.time_base)
+        return float(stream.duration * (stream.time_base or 1))
     return container.duration / av.time_base if container.duration else None
 
 
@@ -274,10 +275,10 @@ def _timestamps(path: str | Path) -> tuple[Int[np.ndarray, " F"], float, float]:
             for packet in container.demux(stream):
                 if packet.pts is not None and packet.size and not packet.is_discard:
                     pts.append(packet.pts)
-        except av.error.FFmpegError:
+        except FFmpegError:
             pass  # a truncated file: what lies before the fault counts
         start_sec = (container.start_time or 0) / av.time_base
-        return np.sort(np.asarray(pts, np.int64)), float(stream.time_base), start_sec
+        return np.sort(np.asarray(pts, np.int64)), float(stream.time_base or 1), start_sec
 
 
 def _covering_size(info: VideoInfo, height: int, width: int) -> tuple[int, int]:
