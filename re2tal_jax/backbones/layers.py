@@ -84,7 +84,7 @@ class DropPath:
     """
 
     branch: Any
-    rate: Float[Array, ""]
+    rate: Any  # Float[Array, ""], but transformations put placeholders in its place
 
     def __call__(self, x: Float[Array, "B ..."], *, key: PRNGKeyArray | None, aux: Any) -> Float[Array, "B ..."]:
         """Run the branch; without a key (evaluation) nothing is dropped."""
