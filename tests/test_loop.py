@@ -30,11 +30,11 @@ def straight(tmp_path_factory, parts):
     workdir, compilations = tmp_path_factory.mktemp("straight"), []
     jax.monitoring.register_event_duration_secs_listener(lambda event, _, **kw: compilations.append(event))
 
-    def before(position: int) -> None:
-        if position == 1:
+    def forget(finished: int) -> None:
+        if finished == 1:
             compilations.clear()
 
-    run = make_run(workdir, parts, loader=Loader(before=before), checkpoint_every=100)
+    run = make_run(workdir, parts, hook=forget, checkpoint_every=100)
     result = run.run()
     counted = [event for event in compilations if "backend_compile" in event]
     return result, read_jsonl(workdir / "metrics.jsonl"), run, counted
@@ -44,17 +44,17 @@ def losses(lines):
     return {line["step"]: line["loss/total"] for line in lines if "loss/total" in line}
 
 
-def stop_at(position: int, number: int):
-    def before(at: int) -> None:
-        if at == position:
+def signal_in_step(step: int, number: int):
+    def hook(finished: int) -> None:
+        if finished == step - 1:
             os.kill(os.getpid(), number)
 
-    return before
+    return hook
 
 
 def test_step_is_compiled_once_in_a_run(straight):
     _, _, run, compilations_after_first_step = straight
-    assert run.train_step._cache_size() == 1
+    assert run.train_step.step._cache_size() == 1
     assert compilations_after_first_step == []
 
 
@@ -62,7 +62,7 @@ def test_step_is_compiled_once_in_a_run(straight):
 def test_a_signal_saves_and_the_resumed_run_equals_the_straight_one_bit_for_bit(
     tmp_path, parts, straight, number, caplog
 ):
-    first = make_run(tmp_path, parts=parts, loader=Loader(before=stop_at(9, number)), checkpoint_every=100)
+    first = make_run(tmp_path, parts=parts, hook=signal_in_step(10, number), checkpoint_every=100)
     stopped = first.run()
     assert stopped.interrupted
     assert stopped.step == 10
@@ -72,7 +72,7 @@ def test_a_signal_saves_and_the_resumed_run_equals_the_straight_one_bit_for_bit(
     result = resumed.run()
     assert not result.interrupted
     assert bits(result.state) == bits(straight[0].state)
-    assert resumed.data.position == 20
+    assert resumed.position == {"position": 20}
     assert losses(read_jsonl(tmp_path / "metrics.jsonl")) == losses(straight[1])
 
 
@@ -81,15 +81,15 @@ def test_kill_in_mid_save_leaves_a_run_that_goes_on_exactly(tmp_path, parts, str
         import os, pathlib, signal, sys
         import jax
         jax.config.update("jax_numpy_dtype_promotion", "strict")
-        from tests.training_stand_in import Loader, make_parts, make_run
+        from tests.training_stand_in import make_parts, make_run
 
-        def before(position):
-            if position == 14:
+        def hook(finished):
+            if finished == 14:
                 run.saved_config = {"ballast": "x" * 200_000_000}  # the save of step 15 takes a while
-            if position == 15:  # that save has just been started
+            if finished == 15:  # that save has just been started
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        run = make_run(pathlib.Path(sys.argv[1]), make_parts(), loader=Loader(before=before), checkpoint_every=5)
+        run = make_run(pathlib.Path(sys.argv[1]), make_parts(), hook=hook, checkpoint_every=5)
         run.run()
     """
     command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)]
@@ -115,10 +115,7 @@ def test_losses_on_eight_devices_equal_those_on_one(tmp_path, straight):
 
 def test_nan_stops_and_names_step_and_videos_and_is_never_saved(tmp_path, parts):
     run = make_run(tmp_path, parts, loader=Loader(poison=12), checkpoint_every=13)
-    loader = Loader()
-    for _ in range(13):
-        windows = next(loader)["window"]
-    names = ", ".join(VIDEOS[i] for i in windows)
+    names = ", ".join(VIDEOS[i] for i in Loader().batch(12)["window"])
     with pytest.raises(NonFiniteError, match=rf"step 13 is not finite: .*loss/total = nan.*Its videos: {names}\."):
         run.run()
     assert run.checkpoints.latest_step is None
@@ -126,11 +123,7 @@ def test_nan_stops_and_names_step_and_videos_and_is_never_saved(tmp_path, parts)
 
 
 def test_a_loader_that_fails_does_not_lose_training(tmp_path, parts, straight):
-    def before(position: int) -> None:
-        if position == 7:
-            raise DataError("video_3: no frames")
-
-    run = make_run(tmp_path, parts, loader=Loader(before=before))
+    run = make_run(tmp_path, parts, loader=Loader(fails=7))
     with pytest.raises(DataError, match="video_3"):
         run.run()
     resumed = make_run(tmp_path, parts)

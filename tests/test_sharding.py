@@ -53,9 +53,9 @@ def test_batch_must_split_over_devices_and_micro_batches():
 
 
 def test_batch_is_split_over_all_devices():
-    batch = put_batch(next(Loader(size=8)), make_mesh(MeshConfig(data=-1, fsdp=2), jax.devices()))
+    batch = put_batch(Loader(size=8).batch(0), make_mesh(MeshConfig(data=-1, fsdp=2), jax.devices()))
     assert {shard.data.shape[0] for shard in batch.video.addressable_shards} == {1}
-    np.testing.assert_array_equal(batch.gt_segments, next(Loader(size=8))["gt_segments"])
+    np.testing.assert_array_equal(batch.gt_segments, Loader(size=8).batch(0)["gt_segments"])
 
 
 def test_large_parameters_are_split_along_their_largest_divisible_dimension_and_rules_come_first():

@@ -28,7 +28,7 @@ def steps(parts, state, batches, key=KEY):
 
 def test_randomness_differs_from_step_to_step_and_follows_the_key(parts):
     """The first step has lr 0: with the same batch, the loss of the second differs by its random numbers alone."""
-    batch = put_batch(next(Loader()), parts.mesh)
+    batch = put_batch(Loader().batch(0), parts.mesh)
     state, first = parts.train_step(parts.spec.create(), batch, KEY)
     _, second = parts.train_step(state, batch, KEY)
     assert first["lr/backbone"] == 0
@@ -40,11 +40,11 @@ def test_randomness_differs_from_step_to_step_and_follows_the_key(parts):
 
 
 def test_frozen_parameters_stay_bit_equal_and_others_move_after_the_first_step(parts):
-    loader = Loader()
+    batches = Loader().batches(5)
     before = jax.tree.map(np.asarray, parts.spec.create().params)
-    state, metrics = steps(parts, parts.spec.create(), [next(loader)])
+    state, metrics = steps(parts, parts.spec.create(), batches[:1])
     assert bits(state.params) == bits(before)  # lr is 0
-    state, metrics = steps(parts, state, [next(loader) for _ in range(4)])
+    state, metrics = steps(parts, state, batches[1:])
     changed = {path for path in before if (np.asarray(state.params[path]) != before[path]).any()}
     assert changed == {path for path in before if ".norm." not in path}
     averaged = {path for path in before if (np.asarray(state.ema_params[path]) != before[path]).any()}
@@ -54,11 +54,11 @@ def test_frozen_parameters_stay_bit_equal_and_others_move_after_the_first_step(p
 
 
 def test_average_is_that_of_the_parameters_after_every_step(parts):
-    loader, state = Loader(), parts.spec.create()
+    state = parts.spec.create()
     name = "localizer.head.kernel"
     want = np.asarray(state.params[name], np.float64)
-    for _ in range(4):
-        state, _ = steps(parts, state, [next(loader)])
+    for batch in Loader().batches(4):
+        state, _ = steps(parts, state, [batch])
         want = 0.999 * want + 0.001 * np.asarray(state.params[name], np.float64)
     np.testing.assert_allclose(state.ema_params[name], want, rtol=1e-6)
 
@@ -70,8 +70,7 @@ def test_accumulated_gradients_equal_those_of_the_large_batch():
     sharded = make_parts(
         MeshConfig(fsdp_min_size=8, fsdp=2), devices=2, rate=0.0, clip_norm=None, noise=False, accumulate=4
     )
-    loader = Loader(size=16)
-    batches = [next(loader) for _ in range(4)]
+    batches = Loader(size=16).batches(4)
     want, metrics = steps(plain, plain.spec.create(), batches)
     for parts in (accumulating, sharded):
         got, accumulated = steps(parts, parts.spec.create(), batches)
@@ -94,7 +93,7 @@ def test_micro_batches_have_random_numbers_of_their_own_and_pass_the_state_on():
 
 def test_evaluation_takes_given_parameters_and_no_randomness(parts):
     evaluate = make_eval_step(parts.spec.model, preprocess, parts.mesh, parts.spec.shardings.params)
-    state, batch = parts.spec.create(), put_batch(next(Loader()), parts.mesh)
+    state, batch = parts.spec.create(), put_batch(Loader().batch(0), parts.mesh)
     proposals, scores, valid = evaluate(state.ema_params, batch)
     assert (proposals.shape, scores.shape, valid.shape) == ((8, 6, 2), (8, 6, 2), (8, 6))
     want = StandIn(rngs=nnx.Rngs(0)).predict(batch.video.astype(jnp.float32), batch.mask)[1]
@@ -106,7 +105,7 @@ def test_pretrained_parameters_replace_drawn_ones_by_path(parts):
     state = parts.spec.create({"backbone.proj.kernel": kernel})
     np.testing.assert_array_equal(state.params["backbone.proj.kernel"], kernel)
     np.testing.assert_array_equal(state.ema_params["backbone.proj.kernel"], kernel)
-    state, _ = steps(parts, state, [next(Loader())])  # donated buffers are not shared
+    state, _ = steps(parts, state, [Loader().batch(0)])  # donated buffers are not shared
     assert int(state.step) == 1
     wrong = {"backbone.proj.kernal": kernel, "backbone.proj.bias": kernel, "backbone.norm.scale": np.zeros(16)}
     with pytest.raises(CheckpointError) as error:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from re2tal_jax.errors import DataError
 from re2tal_jax.training.checkpoint import CheckpointConfig, Checkpoints
 from re2tal_jax.training.loop import LoopConfig, Run
 from re2tal_jax.training.optim import Duration, OptimConfig, Rule, Schedule, make_optimizer
@@ -81,33 +83,36 @@ def preprocess(batch: Batch, key) -> tuple[jax.Array, Batch]:
 
 
 class Loader:
-    """Endless batches; batch i depends on the seed and i alone. `poison` gives that batch impossible targets."""
+    """Endless batches; batch i depends on the seed and i alone. `poison` is NaN from there on, `fails` is an error."""
 
     steps_per_epoch = 5
+    windows = tuple(SimpleNamespace(record=SimpleNamespace(video_id=name)) for name in VIDEOS)
 
-    def __init__(self, size: int = B, seed: int = 0, poison: int | None = None, before: Callable[[int], None] = id):
-        self.size, self.seed, self.poison, self.before, self.position = size, seed, poison, before, 0
+    def __init__(self, size: int = B, seed: int = 0, poison: int | None = None, fails: int | None = None):
+        self.size, self.seed, self.poison, self.fails, self.position = size, seed, poison, fails, 0
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
-        return self
+        while True:
+            if self.position == self.fails:
+                raise DataError("video_3: no frames")
+            self.position += 1
+            yield self.batch(self.position - 1)
 
-    def __next__(self) -> dict[str, np.ndarray]:
-        self.before(self.position)
-        rng = np.random.default_rng([self.seed, self.position])
+    def batch(self, position: int) -> dict[str, np.ndarray]:
+        rng = np.random.default_rng([self.seed, position])
         starts = rng.uniform(0, T - 2, (self.size, N, 1)).astype(np.float32)
-        batch = {
+        return {
             "video": rng.integers(0, 255, (self.size, T * FRAMES_PER_SNIPPET, HW, HW, 3), dtype=np.uint8),
-            "frame_size": np.full((self.size, 2), HW, np.float32),
+            "frame_size": np.full((self.size, 2), np.nan if position == self.poison else HW, np.float32),
             "mask": np.ones((self.size, T), bool),
             "gt_segments": np.concatenate([starts, starts + 2], -1),
             "gt_labels": rng.integers(0, K, (self.size, N)).astype(np.int32),
             "gt_mask": rng.random((self.size, N)) < 0.7,
             "window": rng.permutation(len(VIDEOS))[: self.size].astype(np.int32),
         }
-        if self.position == self.poison:
-            batch["frame_size"][0] = np.nan
-        self.position += 1
-        return batch
+
+    def batches(self, count: int) -> list[dict[str, np.ndarray]]:
+        return [self.batch(i) for i in range(count)]
 
     def get_state(self) -> dict[str, int]:
         return {"position": self.position}
@@ -162,21 +167,33 @@ def make_parts(*args, noise: bool = True, **kwargs) -> Parts:
     return Parts(spec, mesh, make_train_step(spec, preprocess if noise else lambda b, key: preprocess(b, None), mesh))
 
 
-def make_run(workdir: Path, parts: Parts, *, loader: Loader | None = None, evaluate=None, **config) -> Run:
+class Hooked:
+    """A train step before which something happens; `hook` gets the number of steps finished so far."""
+
+    def __init__(self, step: Any, hook: Callable[[int], None]):
+        self.step, self.hook = step, hook
+
+    def lower(self, *args):
+        return self.step.lower(*args)
+
+    def __call__(self, state: TrainState, *args):
+        self.hook(int(state.step))
+        return self.step(state, *args)
+
+
+def make_run(workdir: Path, parts: Parts, *, loader: Loader | None = None, evaluate=None, hook=None, **config) -> Run:
     """A run of 20 steps that logs every one; evaluations give a metric that is best at step 5."""
     durations = {"stop": 20, "evaluate_every": 20, "checkpoint_every": 10} | config
     return Run(
         config=LoopConfig(log_every_steps=1, **{k: Duration(steps=v) for k, v in durations.items()}),
         spec=parts.spec,
-        train_step=parts.train_step,
+        train_step=Hooked(parts.train_step, hook) if hook else parts.train_step,
         mesh=parts.mesh,
-        data=loader or Loader(),
-        steps_per_epoch=Loader.steps_per_epoch,
+        loader=loader or Loader(),
         key=jax.random.key(1),
         workdir=workdir,
         checkpoints=Checkpoints(workdir, CheckpointConfig()),
         evaluate=evaluate or (lambda params, step: {"average_mAP": 1.0 / (1 + abs(step - 5))}),
-        video_ids=lambda windows: [VIDEOS[i] for i in windows],
         saved_config={"name": "stand-in"},
     )
 
@@ -188,9 +205,9 @@ def bits(state: TrainState) -> list[bytes]:
 
 def losses_of(parts: Parts, steps: int = 3, rows: slice = slice(None)) -> list[float]:
     """Total losses of the first steps; `rows` are this process's part of every batch."""
-    state, loader, found = parts.spec.create(), Loader(), []
-    for _ in range(steps):
-        batch = {name: value[rows] for name, value in next(loader).items()}
-        state, metrics = parts.train_step(state, put_batch(batch, parts.mesh), jax.random.key(1))
+    state, found = parts.spec.create(), []
+    for batch in Loader().batches(steps):
+        placed = put_batch({name: value[rows] for name, value in batch.items()}, parts.mesh)
+        state, metrics = parts.train_step(state, placed, jax.random.key(1))
         found.append(float(metrics["loss/total"]))
     return found

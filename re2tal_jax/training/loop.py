@@ -4,16 +4,17 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
 
+from re2tal_jax.data.pipeline import Loader, Prefetch
 from re2tal_jax.errors import ConfigError, DataError, Re2TalError
 from re2tal_jax.training.checkpoint import Checkpoints
 from re2tal_jax.training.header import log_header
@@ -22,28 +23,13 @@ from re2tal_jax.training.metrics import MetricWriter, Progress, memory_estimate
 from re2tal_jax.training.optim import Duration, Params
 from re2tal_jax.training.sharding import put_batch
 from re2tal_jax.training.state import StateSpec, TrainState
+from re2tal_jax.types import Batch
 
 log = logging.getLogger(__name__)
 
 
 class NonFiniteError(Re2TalError):
     """A loss or gradient that is NaN or infinite."""
-
-
-class DataIterator(Protocol):
-    """Endless batches, `Batch`'s fields as numpy arrays with this process's rows, in an order that can be continued."""
-
-    def __next__(self) -> Mapping[str, np.ndarray]: ...
-
-    def __iter__(self) -> Iterator[Mapping[str, np.ndarray]]: ...
-
-    def get_state(self) -> Any:
-        """Return the position as JSON."""
-        ...
-
-    def set_state(self, state: Any) -> None:
-        """Go to a position: the next batch is the one that came next when it was taken."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,9 +72,9 @@ class Run:
 
     Args:
         train_step: see `make_train_step`.
+        loader: endless batches; its place is saved with every checkpoint.
         key: the run's random key, the same whenever it is resumed.
         evaluate: (averaged parameters, step) -> metrics, the one that ranks checkpoints among them.
-        video_ids: window numbers of a batch -> the names of their videos, for the error of a loss that is NaN.
         saved_config: the resolved configuration, JSON, kept with every checkpoint.
         initial: parameters that replace freshly drawn ones when nothing is resumed.
         about: lines for the start-up header, such as data counts and findings.
@@ -98,13 +84,11 @@ class Run:
     spec: StateSpec
     train_step: Any
     mesh: Mesh
-    data: DataIterator
-    steps_per_epoch: int
+    loader: Loader
     key: PRNGKeyArray
     workdir: Path
     checkpoints: Checkpoints
     evaluate: Callable[[Params, int], Mapping[str, float]]
-    video_ids: Callable[[np.ndarray], Sequence[str]]
     saved_config: Mapping[str, Any]
     initial: Mapping[str, np.ndarray] | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
@@ -120,7 +104,7 @@ class Run:
         self._begin()
         self.progress = Progress(self.total, self.mesh.local_devices)
         self.writer = MetricWriter(self.workdir, resumed_step=self.step, enabled=jax.process_index() == 0)
-        self.pending: deque[tuple[int, Any, np.ndarray]] = deque()
+        self.pending: deque[tuple[int, Any, jax.Array]] = deque()
         try:
             with StopSignals() as self.signals:
                 interrupted = self._train()
@@ -135,57 +119,61 @@ class Run:
 
     def _begin(self) -> None:
         """Restore the latest checkpoint, or create the state."""
-        self.total, self.evaluate_every, self.checkpoint_every = self.config.in_steps(self.steps_per_epoch)
+        per_epoch = self.loader.steps_per_epoch
+        self.total, self.evaluate_every, self.checkpoint_every = self.config.in_steps(per_epoch)
         if self.checkpoints.latest_step is None:
             self.state, self.metrics, self.step = self.spec.create(self.initial), None, 0
-            log.info("start: new run of %d steps, %d an epoch", self.total, self.steps_per_epoch)
+            log.info("start: new run of %d steps, %d an epoch", self.total, per_epoch)
         else:
             restored = self.checkpoints.restore(self.spec.abstract)
             self.state, self.metrics, self.step = restored.state, restored.metrics, restored.step
-            self.data.set_state(restored.data)
-            log.info("start: resumed at step %d of %d, %d an epoch", self.step, self.total, self.steps_per_epoch)
-        self.position = self.data.get_state()
+            self.loader.set_state(restored.data)
+            log.info("start: resumed at step %d of %d, %d an epoch", self.step, self.total, per_epoch)
+        self.position = self.loader.get_state()
         self.saved_at = self.checkpoints.latest_step
 
     def _train(self) -> bool:
-        """Take steps until the end; return whether a signal came first."""
-        compiled = False
-        while self.step < self.total:
-            batch = self._next_batch()
-            placed = put_batch(batch, self.mesh)
-            if not compiled:
-                self._compile(placed)
-                compiled = True
-            self.state, metrics = self.train_step(self.state, placed, self.key)
-            self.step += 1
-            self._settle()  # of the step before, while the device works on this one
-            self.pending.append((self.step, metrics, batch["window"]))
-            self.metrics = None
+        """Train and evaluate to the end; return whether a signal came first."""
+        if self.step < self.total:
+            with Prefetch(self.loader, lambda rows: put_batch(rows, self.mesh)) as batches:
+                return self._take_steps(batches)
+        if self.metrics is None:  # resumed at the last step, whose evaluation had been cut short
+            self._evaluate()
+        return False
+
+    def _take_steps(self, batches: Prefetch) -> bool:
+        batch = self._next_batch(batches)
+        self._compile(batch)
+        while True:
+            self.state, metrics = self.train_step(self.state, batch, self.key)
+            self.step, self.metrics = self.step + 1, None
+            self._settle()  # of the step before, while the devices work on this one
+            self.pending.append((self.step, metrics, batch.window))
             if self.signals.agreed(may_wait=self.step % self.config.log_every_steps == 0):
                 self._save()
                 return True
             if not self._evaluate_and_save():
                 return True
-        if self.metrics is None:  # resumed at the last step, whose evaluation had been cut short
-            self._evaluate()
-        return False
+            if self.step == self.total:
+                return False
+            batch = self._next_batch(batches)
 
-    def _next_batch(self) -> Mapping[str, np.ndarray]:
+    def _next_batch(self, batches: Prefetch) -> Batch:
         """Take a batch; if the data fail, keep what was trained before telling."""
         begin = time.monotonic()
         try:
-            batch = next(self.data)
+            batch = next(batches)
         except Exception as error:
             if self.step > 0:
                 self._save()
             if isinstance(error, StopIteration):
                 raise DataError(f"the training data ended at step {self.step}; batches must be endless.") from None
             raise
-        self.position = self.data.get_state()
+        self.position = batches.get_state()
         self.progress.waited(time.monotonic() - begin)
         return batch
 
-    def _compile(self, batch: Any) -> None:
+    def _compile(self, batch: Batch) -> None:
         """Compile the step ahead of the first call, which then finds it, to tell its time and memory apart."""
         begin = time.monotonic()
         compiled = self.train_step.lower(self.state, batch, self.key).compile()
@@ -204,9 +192,10 @@ class Run:
             if step % self.config.log_every_steps == 0 or step == self.total:
                 self.writer.write(step, self.progress.report(step))
 
-    def _stop_not_finite(self, step: int, metrics: Mapping[str, Any], windows: np.ndarray) -> None:
+    def _stop_not_finite(self, step: int, metrics: Mapping[str, Any], windows: jax.Array) -> None:
         values = ", ".join(f"{k} = {float(v):g}" for k, v in metrics.items() if not k.startswith("lr/"))
-        videos = ", ".join(self.video_ids(windows[windows >= 0]))
+        mine = np.concatenate([np.asarray(shard.data) for shard in windows.addressable_shards])
+        videos = ", ".join(self.loader.windows[i].record.video_id for i in mine if i >= 0)
         last = "none is saved" if self.saved_at is None else f"the latest saved is step {self.saved_at}"
         raise NonFiniteError(
             f"step {step} is not finite: {values}. Its videos: {videos}. No state from here on is saved; {last}. "
