@@ -97,6 +97,9 @@ def test_sizes_that_make_no_network_are_refused():
         ({"depths": (2, 0)}, "at least one block"),
         ({"window_size": (2, 0, 3)}, "positive integers"),
         ({"drop_path_rate": 1.0}, "0 <= rate < 1"),
+        ({"mlp_ratio": 0.1}, "no hidden channel"),
+        ({"dtype": "bfloat17"}, "dtype = 'bfloat17': allowed are float32"),
+        ({"dtype": "int32"}, "dtype = 'int32': allowed are float32"),
     ]:
         with pytest.raises(ConfigError, match=text):
             tiny(**changes)

@@ -14,6 +14,18 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from re2tal_jax.errors import ConfigError
+
+
+def check_dtype(dtype: DTypeLike) -> None:
+    """Raise ConfigError if `dtype` is none to compute in."""
+    try:
+        floating = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:  # no dtype's name
+        floating = False
+    if not floating:
+        raise ConfigError(f"dtype = {dtype!r}: allowed are float32, bfloat16, float16 and (with x64 enabled) float64.")
+
 
 def at_least_float32(dtype: DTypeLike) -> np.dtype:
     """Return the dtype that sums, statistics and states of a computation in `dtype` have."""

@@ -17,7 +17,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from re2tal_jax.backbones.layers import DropPath, LayerNorm, Mlp, at_least_float32, pad_to_multiple
+from re2tal_jax.backbones.layers import DropPath, LayerNorm, Mlp, at_least_float32, check_dtype, pad_to_multiple
 from re2tal_jax.backbones.windows import (
     Size,
     as_size,
@@ -63,7 +63,8 @@ class VideoSwin(nnx.Module):
         Raises:
             ConfigError: sizes that make no network.
         """
-        _check(patch_size, embed_dim, depths, num_heads, window_size, drop_path_rate)
+        check_dtype(dtype)
+        _check(patch_size, embed_dim, depths, num_heads, window_size, mlp_ratio, drop_path_rate)
         self.depths, self.drop_path_rate, self.in_channels = tuple(depths), drop_path_rate, in_channels
         self.out_channels = embed_dim * 2 ** (len(depths) - 1)
         self.temporal_stride = patch_size[0]
@@ -250,6 +251,7 @@ def _check(
     depths: tuple[int, ...],
     num_heads: tuple[int, ...],
     window_size: Size,
+    mlp_ratio: float,
     drop_path_rate: float,
 ) -> None:
     """Raise ConfigError for sizes that make no network."""
@@ -270,6 +272,8 @@ def _check(
                 f"Stage {stage} has {dim} channels (embed_dim = {embed_dim}) and num_heads = {heads}: "
                 "the heads must divide the channels."
             )
+    if int(embed_dim * mlp_ratio) < 1:
+        raise ConfigError(f"mlp_ratio = {mlp_ratio} leaves no hidden channel of embed_dim = {embed_dim}: raise it.")
     if not 0 <= drop_path_rate < 1:
         raise ConfigError(f"drop_path_rate = {drop_path_rate}: allowed is 0 <= rate < 1.")
 
