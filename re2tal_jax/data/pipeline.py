@@ -5,6 +5,8 @@ ours (see `elements`): the state of a run is the number of batches it has had, a
 """
 
 import logging
+import multiprocessing
+import os
 import queue
 import signal
 import threading
@@ -234,10 +236,18 @@ class Prefetch:
 
 
 def _start_worker(index: int, count: int) -> None:
-    """Prepare a decoding process: no accelerator, and Ctrl-C is for the main process to handle."""
+    """Prepare a decoding process: no accelerator, Ctrl-C left to the main process, an end when that is killed."""
     del index, count
     jax.config.update("jax_platforms", "cpu")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _windows(
