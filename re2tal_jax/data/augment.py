@@ -10,7 +10,7 @@ of RandAugment, colour jitter. Theirs draws the order of the colour changes and 
 RandAugment's fifteen operations this has rotation, with the probability that theirs has it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -128,7 +128,9 @@ def evaluation(config: AugmentConfig) -> AugmentConfig:
     )
 
 
-def _by_blocks(sample, video: UInt8[Array, "B F H W 3"], config: AugmentConfig) -> Float[Array, "B F h w 3"]:
+def _by_blocks(
+    sample: Callable[[Array], Array], video: UInt8[Array, "B F H W 3"], config: AugmentConfig
+) -> Float[Array, "B F h w 3"]:
     """Apply `sample` to blocks of frames, writing each into its place; the last block may overlap the one before."""
     batch, frames = video.shape[:2]
     size = min(config.block_frames, frames)
