@@ -33,10 +33,10 @@ EMPTY_SHARE = 0.1
 _SHIFT = (0.9 / 32, 1.6 / 32)  # picture widths a step
 _CYCLE = (1 / 22, 1 / 12)  # sawtooth cycles a step
 _TURN = (np.deg2rad(7.0), np.deg2rad(13.0))  # radians a step
-_SIZE = (0.15, 0.33)  # half length of the actor, in the picture's shorter side
+_SIZE = (0.18, 0.36)  # half length of the actor, in the picture's shorter side
 _DRIFT = (0.1 / 32, 0.4 / 32)
-_CONTRAST = (50.0, 90.0)
-_TEXTURE, _NOISE = 20.0, 6.0  # standard deviations in grey levels
+_CONTRAST = (60.0, 100.0)
+_TEXTURE, _NOISE = 10.0, 5.0  # standard deviations in grey levels
 _CHUNK = 32  # frames rendered at a time
 
 
