@@ -75,8 +75,9 @@ def test_latest_and_best_are_kept_also_by_a_resumed_run(tmp_path, state):
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["7"]
 
 
-def test_without_an_evaluation_there_is_no_best(tmp_path, state):
+def test_without_an_evaluation_there_is_no_best(tmp_path, state, caplog):
     save(tmp_path, state, {1: None, 2: None})
+    assert "tracked_metric" not in caplog.text  # orbax's word for a missing evaluation
     with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
         assert (checkpoints.latest_step, checkpoints.best_step) == (2, None)
     with pytest.raises(CheckpointError, match=r"holds no checkpoint 'best'\. Complete ones: 2\."):

@@ -191,6 +191,22 @@ def test_console_has_a_header_a_line_per_step_and_compile_time_apart(tmp_path, p
     )
 
 
+def test_a_second_ctrl_c_leaves_at_once():
+    script = """
+        import os, signal
+        from re2tal_jax.training.interrupt import StopSignals
+        with StopSignals() as stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)  # a scheduler may repeat itself
+            print(stop.requested, flush=True)
+            os.kill(os.getpid(), signal.SIGINT)
+            print("still here")
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (-signal.SIGINT, "SIGTERM\n")
+
+
 def test_durations_must_be_possible():
     half = Duration(epochs=0.01)
     config = LoopConfig(stop=Duration(steps=5), evaluate_every=half, checkpoint_every=Duration(epochs=1))

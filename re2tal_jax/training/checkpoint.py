@@ -119,12 +119,11 @@ class Checkpoints:
             self.check_metrics(metrics)
         arrays = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
         texts = {"data": ocp.args.JsonSave({"processes": _gather(data)}), "config": ocp.args.JsonSave(dict(config))}
+        saved: dict[str, float | None] = {RANK: None}  # orbax warns at every save without metrics
         if metrics is not None:
-            metrics = {
-                **{name: float(value) for name, value in metrics.items()},
-                RANK: metrics[self.config.best_metric],
-            }
-        self._manager.save(step, args=ocp.args.Composite(**arrays, **texts), metrics=metrics)
+            saved = {name: float(value) for name, value in metrics.items()}
+            saved[RANK] = saved[self.config.best_metric]
+        self._manager.save(step, args=ocp.args.Composite(**arrays, **texts), metrics=saved)
         return step
 
     def check_metrics(self, metrics: Mapping[str, float]) -> None:

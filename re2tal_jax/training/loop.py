@@ -196,7 +196,7 @@ class Run:
         values = ", ".join(f"{k} = {float(v):g}" for k, v in metrics.items() if not k.startswith("lr/"))
         mine = np.concatenate([np.asarray(shard.data) for shard in windows.addressable_shards])
         videos = ", ".join(self.loader.windows[i].record.video_id for i in mine if i >= 0)
-        last = "none is saved" if self.saved_at is None else f"the latest saved is step {self.saved_at}"
+        last = "nothing was before" if self.saved_at is None else f"the latest saved is step {self.saved_at}"
         raise NonFiniteError(
             f"step {step} is not finite: {values}. Its videos: {videos}. No state from here on is saved; {last}. "
             "Look at these videos, lower the learning rate, or compute in float32."

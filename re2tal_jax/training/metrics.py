@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+import re
 import resource
 import sys
 import time
@@ -93,7 +94,7 @@ class MetricWriter:
         self._file.write(json.dumps({"step": step, **{k: float(v) for k, v in scalars.items()}}) + "\n")
         self._file.flush()
         for name, value in scalars.items():
-            self._tensorboard.add_scalar(name, float(value), step)
+            self._tensorboard.add_scalar(re.sub(r"[^\w./-]", "_", name), float(value), step)  # mAP@0.5 is no tag there
 
     def close(self) -> None:
         """Flush everything; writing afterwards is an error."""

@@ -20,6 +20,9 @@ from re2tal_jax.errors import CheckpointError, ConfigError, did_you_mean
 from re2tal_jax.training.optim import Optimizer, Params
 from re2tal_jax.training.sharding import MeshConfig, parameter_shardings, state_shardings
 
+# Hundreds of random arrays are drawn once: compiling that takes most of the time, on CPU half of it to optimise.
+QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
@@ -110,8 +113,10 @@ class StateSpec:
 
         `initial` replaces freshly drawn parameters, by path, with given values (a pretrained backbone, say).
         """
-        state = jax.jit(_initialiser(self.model, self.optimizer), out_shardings=self.shardings)()
-        return state if not initial else self._with_parameters(state, initial)
+        platform = next(iter(self.abstract.step.sharding.device_set)).platform
+        options = QUICK_COMPILE if platform == "cpu" else None
+        draw = jax.jit(_initialiser(self.model, self.optimizer), out_shardings=self.shardings, compiler_options=options)
+        return draw() if not initial else self._with_parameters(draw(), initial)
 
     def _with_parameters(self, state: TrainState, initial: Mapping[str, np.ndarray]) -> TrainState:
         check_parameters({path: (value.shape, value.dtype) for path, value in initial.items()}, self.model.parameters)
