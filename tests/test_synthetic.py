@@ -186,7 +186,7 @@ def test_mirrored_and_reversed_actors_are_those_of_the_swapped_class():
 def test_pictures_move_as_the_class_says():
     scene = draw_scene(np.random.default_rng(0))
     actor = Actor(
-        label="right", start=0, end=96, x=0.2, y=0.5, phase=0.5, angle=0, speed=0.02, body=(250,) * 3, head=(250,) * 3
+        label="right", start=0, end=96, x=0.25, y=0.5, phase=0.0, angle=0, speed=0.02, body=(250,) * 3, head=(250,) * 3
     )
     scene = dataclasses.replace(scene, num_frames=96, actors=(actor,), color=(60, 60, 60), height=64, width=64)
     frames = np.stack(list(render(scene, np.random.default_rng(0)))[:20]).mean(-1)
