@@ -4,17 +4,80 @@ Nothing is hidden: every key a config holds must be known to what it configures,
 parameter's type, and defaults are what the signature shows.
 """
 
+import ast
+import contextlib
 import dataclasses
 import functools
 import inspect
+import traceback
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
 from typing import Any, TypeVar, Union
 
-from re2tal_jax.errors import ConfigError, did_you_mean
+from ml_collections import ConfigDict
+
+from re2tal_jax.errors import ConfigError, Re2TalError, did_you_mean
 
 T = TypeVar("T")
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """Run a config file and return what its `get_config()` gives, as nested dictionaries.
+
+    Raises:
+        ConfigError: no such file, a file that fails (its line is named), or one without a config.
+    """
+    if not path.is_file():
+        others = sorted(str(other) for other in path.parent.glob("*.py"))
+        raise ConfigError(f"Config file {path} does not exist. {did_you_mean(str(path), others) if others else ''}")
+    config = None
+    try:
+        module: dict[str, Any] = {"__name__": path.stem, "__file__": str(path)}
+        exec(compile(path.read_text(encoding="utf-8"), path, "exec"), module)
+        if "get_config" in module:
+            config = module["get_config"]()
+        if isinstance(config, Mapping | ConfigDict):
+            return ConfigDict(config).to_dict()
+    except Exception as error:
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        line = frames[-1].lineno if frames else getattr(error, "lineno", None)
+        where = "" if line is None else f" at line {line}"
+        raise ConfigError(f"Config file {path} fails{where}: {type(error).__name__}: {error}") from error
+    raise ConfigError(f"Config file {path} has no function get_config that returns a ConfigDict, but {config!r:.80}.")
+
+
+def override(config: dict[str, Any], key: str, text: str) -> None:
+    """Set one value of a config to what the command line says, `--config.<key>=<text>`.
+
+    Python literals are read as such, and `true` and `false`; all else is text, and so is everything that replaces text
+    but None and quoted values. A key that the file does not show may be set; `build` knows whether there is one.
+
+    Raises:
+        ConfigError: a section that there is not.
+    """
+    *sections, name = key.split(".")
+    where, path = config, "config"
+    for section in sections:
+        if not isinstance(where.get(section), dict):
+            found = (
+                f"{path}.{section} is {where[section]!r}, no section" if section in where else f"no {path}.{section}"
+            )
+            words = did_you_mean(section, (k for k, v in where.items() if isinstance(v, dict)))
+            raise ConfigError(f"--config.{key}={text}: there is {found}. {words}")
+        where, path = where[section], f"{path}.{section}"
+    where[name] = _read_value(text, isinstance(where.get(name), str))
+
+
+def _read_value(text: str, replaces_text: bool) -> Any:
+    if text in ("true", "false") and not replaces_text:
+        return text == "true"
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+    return value if not replaces_text or value is None or isinstance(value, (str, tuple)) else text
 
 
 def build(factory: Callable[..., T], section: Mapping[str, Any], *, path: str, **given: Any) -> T:
@@ -30,6 +93,19 @@ def build(factory: Callable[..., T], section: Mapping[str, Any], *, path: str, *
         ConfigError: unknown key (nearest match named), missing key, value of the wrong type, or a
             ValueError of the factory itself, prefixed with `path`.
     """
+    arguments = bind(factory, section, path=path, given=given)
+    try:
+        return factory(**arguments, **given)
+    except Re2TalError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def bind(
+    factory: Callable[..., Any], section: Mapping[str, Any], *, path: str, given: Collection[str] = ()
+) -> dict[str, Any]:
+    """Return the arguments with which `build` would call `factory`, without calling it; errors as there."""
     parameters, hints = _signature(factory)
     allowed = {
         name: p
@@ -45,12 +121,7 @@ def build(factory: Callable[..., T], section: Mapping[str, Any], *, path: str, *
     missing = [k for k, p in allowed.items() if p.default is p.empty and k not in arguments]
     if missing:
         raise ConfigError(f"{path} lacks {', '.join(missing)}: add it to the config file.")
-    try:
-        return factory(**arguments, **given)
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(f"{path}: {error}") from error
+    return arguments
 
 
 def _signature(factory: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter], dict[str, Any]]:
@@ -82,11 +153,16 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
         if value not in choices:
             raise ConfigError(f"{path} = {value!r} is not allowed. {did_you_mean(str(value), map(str, choices))}")
         return value
-    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+    if inspect.isclass(hint) and dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
         return build(hint, value, path=path)
     if origin is tuple:
         return _convert_tuple(value, hint, path)
     plain = origin or hint
+    if plain is Mapping and isinstance(value, Mapping):
+        key_hint, value_hint = typing.get_args(hint) or (Any, Any)
+        return {
+            _convert(k, key_hint, f"a key of {path}"): _convert(v, value_hint, f"{path}.{k}") for k, v in value.items()
+        }
     if plain is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if plain is int and isinstance(value, bool):
@@ -98,18 +174,14 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
 
 
 def _convert_union(value: Any, hint: Any, path: str) -> Any:
-    options = typing.get_args(hint)
-    if value is None and type(None) in options:
+    options = [option for option in typing.get_args(hint) if option is not type(None)]
+    if value is None and len(options) < len(typing.get_args(hint)):
         return None
+    if len(options) == 1:
+        return _convert(value, options[0], path)
     for option in options:
-        if option is type(None):
-            continue
-        try:
+        with contextlib.suppress(ConfigError):
             return _convert(value, option, path)
-        except ConfigError as error:
-            last = error
-    if len([o for o in options if o is not type(None)]) == 1:
-        raise last
     names = " or ".join(getattr(o, "__name__", str(o)) for o in options)
     raise ConfigError(f"{path} = {value!r} has type {type(value).__name__}; expected {names}.")
 

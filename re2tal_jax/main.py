@@ -1,43 +1,103 @@
-"""Command line: python -m re2tal_jax.main --config FILE [--workdir DIR] [--mode MODE] [--config.section.key=value …]."""
+"""Command line: python -m re2tal_jax.main --config FILE [--workdir DIR] [--mode MODE] [--config.section.key=VALUE …]"""
 
+import argparse
 import logging
+import re
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NoReturn
 
-from absl import app, flags
-from ml_collections import config_flags
-
-from re2tal_jax.errors import Re2TalError
+from re2tal_jax.config import override, read_config_file
+from re2tal_jax.errors import ConfigError, Re2TalError, did_you_mean
 from re2tal_jax.modes import MODES
 from re2tal_jax.settings import read_settings
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; --config.section.key=value overrides a value.")
-_WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run; empty: runs/<name of the config file>.")
-_MODE = flags.DEFINE_enum("mode", "train", sorted(MODES), "What to do.")
+_OVERRIDE = re.compile(r"--?config\.([^=]+)(?:=(.*))?", re.DOTALL)
 
 
-def main(arguments: list[str]) -> int:
-    """Run the chosen mode; errors that are meant for the user end in one message and exit code 1."""
+@dataclass(frozen=True)
+class Command:
+    """What a command line asks for: the config with its overrides, what to do with it, and where."""
+
+    config: Mapping[str, Any]
+    mode: str
+    workdir: Path
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; {self.prog} --help tells more.")
+
+
+def read_command(arguments: Sequence[str]) -> Command:
+    """Return what the arguments (without the program's name) ask for.
+
+    Raises:
+        ConfigError: unknown or incomplete arguments, a config file that cannot be read, an override without a section.
+    """
+    parser = _Parser(prog="python -m re2tal_jax.main", allow_abbrev=False, add_help=False)
+    options = {
+        "--config": ("FILE", "what to run, for example configs/demo.py; required"),
+        "--config.section.key": ("VALUE", "overrides a value of the config file"),
+        "--workdir": ("DIR", "folder of the run; runs/<name of the config file> if not given"),
+        "--mode": ("MODE", f"one of {', '.join(sorted(MODES))}; train if not given"),
+    }
+    for name, (value, text) in options.items():
+        parser.add_argument(name, metavar=value, help=text)
+    parser.add_argument("-h", "--help", action="help", help="show this text")
+    overrides, rest = _split_overrides(arguments)
+    known, unknown = parser.parse_known_args(rest)
+    if unknown:
+        names = [name for name in options if "." not in name] + ["--config.<section>.<key>"]
+        raise ConfigError(f"Unknown argument {unknown[0]!r}. {did_you_mean(unknown[0].partition('=')[0], names)}")
+    if not known.config:
+        raise ConfigError("--config is missing: name a config file, for example --config configs/demo.py.")
+    mode = known.mode or "train"
+    if mode not in MODES:
+        raise ConfigError(f"Unknown mode {mode!r}. {did_you_mean(mode, MODES)}")
+    path = Path(known.config)
+    config = read_config_file(path)
+    for key, text in overrides:
+        override(config, key, text)
+    return Command(config, mode, Path(known.workdir or Path("runs") / path.stem))
+
+
+def _split_overrides(arguments: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
+    """Return the overrides as (key, text), written --config.key=value or --config.key value, and all else."""
+    overrides, rest, words = [], [], iter(arguments)
+    for word in words:
+        match = _OVERRIDE.fullmatch(word)
+        if match is None:
+            rest.append(word)
+            continue
+        text = match[2] if match[2] is not None else next(words, None)
+        if text is None:
+            raise ConfigError(f"{word} has no value: write {word}=value.")
+        overrides.append((match[1], text))
+    return overrides, rest
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Do what the command line asks for and return the exit code.
+
+    Errors that are meant for the user end in one message and 1, Ctrl-C where there is nothing to save in 130.
+    """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
     for chatty in ("jax", "absl"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
-        if len(arguments) > 1:
-            raise app.UsageError(f"unexpected arguments {arguments[1:]}: options are written --name=value.")
-        config = _CONFIG.value.to_dict()
-        name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
-        MODES[_MODE.value](read_settings(config), config, Path(_WORKDIR.value or Path("runs") / name))
+        command = read_command(sys.argv[1:] if arguments is None else arguments)
+        MODES[command.mode](read_settings(command.config), command.config, command.workdir)
     except Re2TalError as error:
         print(f"\n{type(error).__name__}: {error}", file=sys.stderr)  # noqa: T201
         return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)  # noqa: T201
+        return 130  # what a shell says of a program that SIGINT ended
     return 0
 
 
-def run() -> None:
-    """Parse the command line and leave with main's exit code."""
-    flags.mark_flag_as_required("config")
-    app.run(main)
-
-
 if __name__ == "__main__":
-    run()
+    sys.exit(main())
