@@ -38,8 +38,10 @@ def read_config_file(path: Path) -> dict[str, Any]:
         exec(compile(path.read_text(encoding="utf-8"), path, "exec"), module)
         if "get_config" in module:
             config = module["get_config"]()
-        if isinstance(config, Mapping | ConfigDict):
-            return ConfigDict(config).to_dict()
+        if isinstance(config, Mapping):
+            config = ConfigDict(dict(config))
+        if isinstance(config, ConfigDict):
+            return config.to_dict()
     except Exception as error:
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         line = frames[-1].lineno if frames else getattr(error, "lineno", None)

@@ -1,7 +1,7 @@
 """A config made into what runs: data, detector, steps, evaluation. `main.py` chooses which of it."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +13,25 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from re2tal_jax.backbones import BACKBONES
-from re2tal_jax.config import build
+from re2tal_jax.config import bind, build
 from re2tal_jax.data import DATASETS
 from re2tal_jax.data.augment import LabelSwap, augment, mirror
 from re2tal_jax.data.dataset import Dataset
 from re2tal_jax.data.pipeline import Loader
 from re2tal_jax.data.sampling import POLICIES, Policy
 from re2tal_jax.detector import Detector
-from re2tal_jax.errors import ConfigError
+from re2tal_jax.errors import CheckpointError, ConfigError
 from re2tal_jax.localizers import LOCALIZERS
 from re2tal_jax.settings import Settings, SplitConfig
 from re2tal_jax.training.checkpoint import load_params
-from re2tal_jax.training.optim import Optimizer, make_optimizer, recipe_rules
+from re2tal_jax.training.optim import Optimizer, Params, make_optimizer, recipe_rules
 from re2tal_jax.training.sharding import check_batch_size
-from re2tal_jax.training.state import Model, StateSpec, describe_model, describe_state
+from re2tal_jax.training.state import Model, StateSpec, check_parameters, describe_model, describe_state
 from re2tal_jax.training.step import Preprocess
 from re2tal_jax.types import Batch
+
+_BACKBONE = "backbone."
+_ANY_EPOCH = 2**20  # steps; stands in until the data are known
 
 
 def make_detector(settings: Settings, *, rewired: bool | None = None) -> Callable[[], Detector]:
@@ -65,6 +68,15 @@ def make_detector(settings: Settings, *, rewired: bool | None = None) -> Callabl
         )
 
     return make
+
+
+def check_settings(settings: Settings) -> None:
+    """Raise ConfigError for what can be known to be wrong before data or devices are touched."""
+    data = _without_name(settings.data)
+    bind(DATASETS[settings.data["name"]], data, path="config.data", given=("subset", "training"))
+    make_policy(settings, settings.train, path="config.train")
+    make_policy(settings, settings.eval, path="config.eval")
+    settings.loop.in_steps(steps_per_epoch=2**32)  # finds what is 0 steps whatever the data
 
 
 def open_split(settings: Settings, split: SplitConfig, *, train: bool) -> Dataset:
@@ -123,16 +135,16 @@ def describe_data(dataset: Dataset, loader: Loader) -> str:
 
 def make_preprocess(split: SplitConfig, classes: tuple[str, ...]) -> Preprocess:
     """Return what the accelerator does to a batch before the detector sees it."""
-    swap = None
-    if split.mirror is not None:
-        swap = LabelSwap.from_names(classes, split.mirror.flip_classes, split.mirror.reverse_classes)
+    mirrored = split.mirror
+    if mirrored is not None:
+        swap = LabelSwap.from_names(classes, mirrored.flip_classes, mirrored.reverse_classes)
 
     def preprocess(batch: Batch, key: PRNGKeyArray | None) -> tuple[Float[Array, "B F H W 3"], Batch]:
         if key is None:
             return augment(batch.video, batch.frame_size, split.augment, None), batch
         mirror_key, augment_key = jax.random.split(key)
-        if swap is not None:
-            batch = mirror(batch, swap, mirror_key, flip=split.mirror.flip, reverse=split.mirror.reverse)
+        if mirrored is not None:
+            batch = mirror(batch, swap, mirror_key, flip=mirrored.flip, reverse=mirrored.reverse)
         return augment(batch.video, batch.frame_size, split.augment, augment_key), batch
 
     return preprocess
@@ -146,30 +158,47 @@ class Blueprint:
     optimizer: Optimizer
     spec: StateSpec
 
+    def for_epochs_of(self, steps: int) -> "Blueprint":
+        """Return the blueprint whose schedule counts epochs of so many steps."""
+        optimizer = replace(self.optimizer, learning_rate=self.optimizer.config.schedule.resolve(steps))
+        return Blueprint(self.model, optimizer, replace(self.spec, optimizer=optimizer))
 
-def draw_blueprint(settings: Settings, mesh: Mesh, *, steps_per_epoch: int, rewired: bool | None = None) -> Blueprint:
-    """Work out model, parameter groups and shardings.
+
+def draw_blueprint(settings: Settings, mesh: Mesh, *, rewired: bool | None = None) -> Blueprint:
+    """Work out model, parameter groups and shardings; the schedule's epochs are given by `for_epochs_of`.
+
+    Needs no data, so that a config that cannot run is known before any are read or rendered.
 
     Raises:
         ConfigError: a section that cannot run, or batches that the mesh cannot share.
     """
+    check_settings(settings)
     check_batch_size(settings.train.batch_size, mesh, settings.optimizer.accumulate)
     check_batch_size(settings.eval.batch_size, mesh)
     model = describe_model(make_detector(settings, rewired=rewired))
     rules = build(recipe_rules, settings.parameter_groups, path="config.parameter_groups")
-    optimizer = make_optimizer(settings.optimizer, rules, model.shapes, steps_per_epoch)
+    optimizer = make_optimizer(settings.optimizer, rules, model.shapes, _ANY_EPOCH)
     return Blueprint(model, optimizer, describe_state(model, optimizer, mesh, settings.mesh))
 
 
-def initial_parameters(settings: Settings) -> dict[str, np.ndarray]:
-    """Return the backbone of `config.backbone.checkpoint` by path; empty if there is none."""
+def initial_parameters(settings: Settings, model: Model) -> dict[str, np.ndarray]:
+    """Return the backbone of `config.backbone.checkpoint` by path; empty if there is none.
+
+    Raises:
+        CheckpointError: it cannot be read, or is not exactly this model's backbone.
+    """
     directory = settings.backbone.get("checkpoint")
     if not directory:
         return {}
-    params = load_params(Path(directory), which="ema")
-    backbone = {path: value for path, value in params.items() if path.startswith("backbone.")}
-    if not backbone:
-        raise ConfigError(f"config.backbone.checkpoint = {directory!r} holds no parameter called backbone.*.")
+    saved = load_params(Path(directory), which="ema")
+    backbone = {path: value for path, value in saved.items() if path.startswith(_BACKBONE)}
+    missing = [path for path in model.parameters if path.startswith(_BACKBONE) and path not in backbone]
+    try:
+        check_parameters({path: (value.shape, value.dtype) for path, value in backbone.items()}, model.parameters)
+        if missing:
+            raise CheckpointError(f"It lacks {len(missing)} parameters: {', '.join(missing[:5])}.")
+    except CheckpointError as error:
+        raise CheckpointError(f"config.backbone.checkpoint = {directory!r} holds another backbone. {error}") from error
     return backbone
 
 
@@ -178,7 +207,7 @@ def abstract_batch(settings: Settings, *, max_segments: int) -> Batch:
     split, loader = settings.train, settings.train.loader
     size, snippets = split.batch_size, settings.num_snippets
     frames = snippets * settings.frames_per_snippet
-    shapes = {
+    shapes: dict[str, tuple[tuple[int, ...], Any]] = {
         "video": ((frames, loader.height, loader.width, 3), jnp.uint8),
         "frame_size": ((2,), jnp.float32),
         "mask": ((snippets,), jnp.bool_),
@@ -187,7 +216,23 @@ def abstract_batch(settings: Settings, *, max_segments: int) -> Batch:
         "gt_mask": ((max_segments,), jnp.bool_),
         "window": ((), jnp.int32),
     }
-    return Batch(**{name: jax.ShapeDtypeStruct((size, *shape), dtype) for name, (shape, dtype) in shapes.items()})
+    leaves: dict[str, Any] = {
+        name: jax.ShapeDtypeStruct((size, *shape), dtype) for name, (shape, dtype) in shapes.items()
+    }
+    return Batch(**leaves)
+
+
+def check_shapes(settings: Settings, blueprint: Blueprint) -> None:
+    """Trace the loss of a batch, without data: raise ConfigError for windows that the model cannot take."""
+    preprocess = make_preprocess(replace(settings.train, mirror=None), classes=())
+
+    def loss(params: Params, batch: Batch, state: Any, key: PRNGKeyArray) -> Any:
+        video, batch = preprocess(batch, key)
+        return blueprint.model.merge(params).loss(video, batch, state, key=key)
+
+    abstract = blueprint.spec.abstract
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    jax.eval_shape(loss, abstract.params, abstract_batch(settings, max_segments=1), abstract.localizer_state, key)
 
 
 def _without_name(section: Mapping[str, Any]) -> dict[str, Any]:

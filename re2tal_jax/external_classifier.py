@@ -5,7 +5,7 @@ classifier beside every number: one checkpoint moves by 3 points of mAP with it.
 """
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -77,6 +77,12 @@ class ExternalClassifier:
             video_id: _read_scores(f"{self._name}: {video_id}", scores, len(self.classes), config.softmax)
             for video_id, scores in content["results"].items()
         }
+
+    def check_videos(self, video_ids: Iterable[str]) -> None:
+        """Raise DataError if there are no scores for one of these videos, under the policy "error"."""
+        for video_id in video_ids:
+            if self.config.missing == "error" and video_id not in self._scores:
+                self._miss(video_id)
 
     def fuse(
         self, video_id: str, segments: Float[np.ndarray, "N 2"], scores: Float[np.ndarray, " N"]

@@ -1,5 +1,6 @@
 """What a config file may say: every key, its type and what it sets. No key has a default here; the file shows all."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -28,6 +29,11 @@ class MirrorConfig:
     flip_classes: Mapping[str, str]
     reverse_classes: Mapping[str, str]
 
+    def __post_init__(self):
+        for name, value in (("flip", self.flip), ("reverse", self.reverse)):
+            if not 0 <= value <= 1:
+                raise ConfigError(f"mirror.{name} = {value} is no probability: it must lie in [0, 1].")
+
 
 @dataclass(frozen=True, kw_only=True)
 class SplitConfig:
@@ -55,6 +61,13 @@ class EvaluationConfig:
     tiou_thresholds: tuple[float, ...]
     blocked: str | None
 
+    def __post_init__(self):
+        different = len(set(self.tiou_thresholds)) == len(self.tiou_thresholds)
+        if not self.tiou_thresholds or not different or not all(0 < t <= 1 for t in self.tiou_thresholds):
+            raise ConfigError(
+                f"evaluation.tiou_thresholds = {self.tiou_thresholds}: expected different numbers above 0 up to 1."
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class DetectorConfig:
@@ -63,6 +76,13 @@ class DetectorConfig:
     pixel_mean: tuple[float, float, float]
     pixel_std: tuple[float, float, float]
     snippet_loss_weight: float
+
+    def __post_init__(self):
+        if not 0 <= self.snippet_loss_weight < math.inf or min(self.pixel_std) <= 0:
+            raise ConfigError(
+                f"detector: snippet_loss_weight = {self.snippet_loss_weight} must be finite and at least 0, "
+                f"pixel_std = {self.pixel_std} above 0."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,14 +119,23 @@ class Settings:
     evaluation: EvaluationConfig
 
     def __post_init__(self):
-        for section in ("data", "backbone", "localizer"):
-            if "name" not in getattr(self, section):
-                raise ConfigError(f"config.{section} lacks name: add it to the config file.")
+        named = {"data": self.data, "backbone": self.backbone, "localizer": self.localizer}
+        named |= {"train.policy": self.train.policy, "eval.policy": self.eval.policy}
+        for path, section in named.items():
+            if not isinstance(section.get("name"), str):
+                raise ConfigError(f"config.{path}.name = {section.get('name')!r}: it must be text, add it to the file.")
+        checkpoint = self.backbone.get("checkpoint")
+        if not isinstance(checkpoint, str | None):
+            raise ConfigError(f"config.backbone.checkpoint = {checkpoint!r}: expected a folder, or None.")
         if not isinstance(self.eval.subset, str):
             raise ConfigError(f"config.eval.subset = {self.eval.subset!r}: mAP is of one subset, give one name.")
-        for split in ("train", "eval"):
-            if "name" not in getattr(self, split).policy:
-                raise ConfigError(f"config.{split}.policy lacks name: add it to the config file.")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"config.seed = {self.seed}: expected a whole number from 0 to 2**32 - 1.")
+        if self.external_classifier is not None and self.num_classes != 1:
+            raise ConfigError(
+                f"config.external_classifier names the classes, but config.num_classes = {self.num_classes}: set "
+                "num_classes = 1 (and data.class_agnostic), or external_classifier to None."
+            )
 
 
 def read_settings(config: Mapping[str, Any]) -> Settings:
@@ -115,4 +144,19 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
     Raises:
         ConfigError: naming the key, its value, what is allowed and the nearest word.
     """
+    _check_json(config, "config")
     return build(Settings, config, path="config")
+
+
+def _check_json(value: Any, path: str) -> None:
+    """Refuse what could not be saved beside the run."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise ConfigError(f"{path} has the key {key!r}; keys are text.")
+            _check_json(item, f"{path}.{key}")
+    elif isinstance(value, (list, tuple)):
+        for i, item in enumerate(value):
+            _check_json(item, f"{path}[{i}]")
+    elif not isinstance(value, (str, int, float, bool, type(None))):
+        raise ConfigError(f"{path} = {value!r:.80} has type {type(value).__name__}; expected text, a number or None.")

@@ -1,6 +1,7 @@
 """`--mode eval`: detections and mAP of a run's best checkpoint. Training evaluates through the same `Evaluator`."""
 
 import logging
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,18 +11,19 @@ from jax.sharding import Mesh
 
 from re2tal_jax.activitynet_format import to_activitynet, write_activitynet
 from re2tal_jax.data.dataset import Dataset
-from re2tal_jax.errors import CheckpointError
+from re2tal_jax.errors import CheckpointError, ConfigError
 from re2tal_jax.evaluation import DetectionMap, detection_map
-from re2tal_jax.experiment import Blueprint, draw_blueprint, make_loader, make_preprocess, open_split
+from re2tal_jax.experiment import Blueprint, describe_data, draw_blueprint, make_loader, make_preprocess, open_split
 from re2tal_jax.external_classifier import ExternalClassifier
 from re2tal_jax.inference.detect import detect_all
 from re2tal_jax.inference.report import draw_report
 from re2tal_jax.settings import Settings
-from re2tal_jax.training.checkpoint import load_params, prepare_workdir
+from re2tal_jax.training.checkpoint import best_or_latest, load_params, prepare_workdir
 from re2tal_jax.training.optim import Params
 from re2tal_jax.training.sharding import initialise_distributed, make_mesh
 from re2tal_jax.training.state import check_parameters
 from re2tal_jax.training.step import make_eval_step
+from re2tal_jax.types import Detections
 
 log = logging.getLogger(__name__)
 
@@ -32,13 +34,20 @@ class Evaluator:
     """Parameters -> mAP on the evaluation split, with predictions and a report picture in the workdir."""
 
     def __init__(self, settings: Settings, blueprint: Blueprint, mesh: Mesh, workdir: Path):
-        """Open the split, so that what is wrong with it is known before anything is trained."""
+        """Open the split and check all that an evaluation needs, so that faults are known before anything is trained.
+
+        Raises:
+            ConfigError: windows, classes and post-processing that do not fit together.
+            DataError: data that cannot be used, no ground truth, videos or classes that the external classifier lacks.
+        """
         self.settings, self.mesh, self.workdir = settings, mesh, workdir
         self.dataset: Dataset = open_split(settings, settings.eval, train=False)
         self.loader = make_loader(settings, self.dataset, train=False)
         self.external = None
         if settings.external_classifier is not None:
             self.external = ExternalClassifier(settings.external_classifier)
+        self.metric_names = tuple(self._score({}).metrics())
+        self._check()
         preprocess = make_preprocess(settings.eval, self.dataset.classes)
         self._step = make_eval_step(blueprint.model, preprocess, mesh, blueprint.spec.shardings.ema_params)
 
@@ -53,45 +62,68 @@ class Evaluator:
             self.dataset.classes,
             self.external,
         )
-        predictions = to_activitynet(results)
-        scored = detection_map(
+        scored = self._score(results)
+        if jax.process_index() == 0:
+            write_activitynet(self.workdir / PREDICTIONS, results)
+            title = scored.subset if step is None else f"{scored.subset}, step {step}"
+            predictions = to_activitynet(results)
+            draw_report(self.workdir / REPORT, scored, self.dataset.ground_truth, predictions, title=title)
+        return scored
+
+    def _score(self, results: Mapping[str, Detections]) -> DetectionMap:
+        settings = self.settings
+        return detection_map(
             self.dataset.ground_truth,
-            predictions,
+            to_activitynet(results),
             subset=str(settings.eval.subset),
             tiou_thresholds=settings.evaluation.tiou_thresholds,
             blocked=None if settings.evaluation.blocked is None else Path(settings.evaluation.blocked),
         )
-        if jax.process_index() == 0:
-            write_activitynet(self.workdir / PREDICTIONS, results)
-            title = scored.subset if step is None else f"{scored.subset}, step {step}"
-            draw_report(self.workdir / REPORT, scored, self.dataset.ground_truth, predictions, title=title)
-        return scored
+
+    def _check(self) -> None:
+        """Find what would fail, or give an mAP of 0, only at the first evaluation."""
+        settings = self.settings
+        windows = Counter(window.record.video_id for window in self.loader.windows)
+        video_id, most = windows.most_common(1)[0]
+        if most > 1 and settings.postprocess.suppress_in == "window":
+            raise ConfigError(
+                f"config.postprocess.suppress_in = 'window', but video {video_id} has {most} windows under the policy "
+                f"{settings.eval.policy['name']!r}: set it to 'video'."
+            )
+        if self.external is not None:
+            self.external.check_videos(windows)
+        classes = self.dataset.classes if self.external is None else self.external.classes
+        videos = self.dataset.ground_truth["database"].values()
+        wanted = {annotation["label"] for video in videos for annotation in video["annotations"]}
+        if unknown := wanted - set(classes):
+            raise ConfigError(
+                f"{len(unknown)} of {len(wanted)} classes of the ground truth can never be detected, such as "
+                f"{min(unknown)!r}: {'the external classifier' if self.external else 'the data set'} names "
+                f"{', '.join(classes[:3])}{', …' if len(classes) > 3 else ''}."
+                + (" Class-agnostic detections need config.external_classifier." if self.external is None else "")
+            )
 
 
 def evaluate(settings: Settings, config: Mapping[str, Any], workdir: Path) -> None:
     """Evaluate the best checkpoint of `workdir` (the latest, if none was evaluated) and print the table.
 
     Raises:
+        ConfigError: settings that cannot run, an unwritable workdir.
+        DataError: annotations or videos that cannot be used.
         CheckpointError: no checkpoint, or one of another architecture.
     """
     del config
     initialise_distributed(settings.distributed)
-    workdir = prepare_workdir(workdir)
+    step = best_or_latest(workdir)
     mesh = make_mesh(settings.mesh, jax.devices())
-    blueprint = draw_blueprint(settings, mesh, steps_per_epoch=1000)  # no schedule is followed here
-    evaluator = Evaluator(settings, blueprint, mesh, workdir)
-    params = _load(workdir)
+    blueprint = draw_blueprint(settings, mesh)
+    params = load_params(workdir, step=step)
     check_parameters({path: (v.shape, v.dtype) for path, v in params.items()}, blueprint.model.parameters)
     if missing := sorted(blueprint.model.parameters.keys() - params.keys()):
         raise CheckpointError(f"{workdir}: the checkpoint lacks {len(missing)} parameters: {', '.join(missing[:5])}.")
+    workdir = prepare_workdir(workdir)
+    evaluator = Evaluator(settings, blueprint, mesh, workdir)
+    log.info("evaluating step %d of %s: %s", step, workdir, describe_data(evaluator.dataset, evaluator.loader))
     shardings = blueprint.spec.shardings.ema_params
     placed = {path: jax.device_put(value, shardings[path]) for path, value in params.items()}
-    log.info("%s\nwritten: %s, %s", evaluator(placed), workdir / PREDICTIONS, workdir / REPORT)
-
-
-def _load(workdir: Path) -> Mapping[str, Any]:
-    try:
-        return load_params(workdir, step="best")
-    except CheckpointError:
-        log.info("no checkpoint of %s was evaluated yet; taking the latest", workdir)
-        return load_params(workdir, step="latest")
+    log.info("%s\nwritten: %s, %s", evaluator(placed, step), workdir / PREDICTIONS, workdir / REPORT)

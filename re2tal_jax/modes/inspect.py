@@ -13,14 +13,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from re2tal_jax.experiment import Blueprint, abstract_batch, draw_blueprint, make_preprocess
+from re2tal_jax.experiment import Blueprint, abstract_batch, check_shapes, draw_blueprint, make_preprocess
 from re2tal_jax.settings import Settings
 from re2tal_jax.training.header import describe_devices, describe_parameters
 from re2tal_jax.training.metrics import MemoryEstimate, memory_estimate
 from re2tal_jax.training.sharding import make_mesh
 from re2tal_jax.training.step import make_train_step
 
-STEPS_PER_EPOCH = 1000  # schedules need one; nothing that is reported depends on it
 MAX_SEGMENTS = 32
 
 
@@ -33,7 +32,8 @@ def inspect(settings: Settings, config: Mapping[str, Any], workdir: Path) -> str
     del workdir
     log = logging.getLogger(__name__)
     mesh = make_mesh(settings.mesh, jax.devices())
-    blueprint = draw_blueprint(settings, mesh, steps_per_epoch=STEPS_PER_EPOCH)
+    blueprint = draw_blueprint(settings, mesh)
+    check_shapes(settings, blueprint)
     parts = [
         "config:\n" + "\n".join(f"  {key} = {value!r}" for key, value in flat(config)),
         f"devices: {describe_devices(mesh)}",
@@ -112,7 +112,7 @@ def memory_table(settings: Settings, mesh: Mesh) -> str:
 
 def step_memory(settings: Settings, mesh: Mesh, *, rewired: bool) -> MemoryEstimate | None:
     """Compile the training step for the mesh and return its memory per device."""
-    blueprint = draw_blueprint(settings, mesh, steps_per_epoch=STEPS_PER_EPOCH, rewired=rewired)
+    blueprint = draw_blueprint(settings, mesh, rewired=rewired)
     split = replace(settings.train, mirror=None)  # its classes are known from the data alone; it costs no memory
     preprocess = make_preprocess(split, classes=())
     step = make_train_step(blueprint.spec, preprocess, mesh)

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from re2tal_jax.experiment import (
+    check_shapes,
     describe_data,
     draw_blueprint,
     initial_parameters,
@@ -28,17 +29,24 @@ log = logging.getLogger(__name__)
 def train(settings: Settings, config: Mapping[str, Any], workdir: Path) -> TrainResult:
     """Train to the end of the recipe, or until a signal; the same call again goes on where it stopped.
 
+    What can be wrong is looked for in the order of what it costs: settings, model, data, evaluation, and only then is
+    anything compiled or trained.
+
     Raises:
         ConfigError: settings that cannot run, an unwritable workdir.
         DataError: annotations or videos that cannot be used.
         CheckpointError: the workdir holds a run of another architecture.
     """
     initialise_distributed(settings.distributed)
-    workdir = prepare_workdir(workdir)
     mesh = make_mesh(settings.mesh, jax.devices())
+    blueprint = draw_blueprint(settings, mesh)
+    check_shapes(settings, blueprint)
+    initial = initial_parameters(settings, blueprint.model)
+    workdir = prepare_workdir(workdir)
     dataset = open_split(settings, settings.train, train=True)
     loader = make_loader(settings, dataset, train=True)
-    blueprint = draw_blueprint(settings, mesh, steps_per_epoch=loader.steps_per_epoch)
+    blueprint = blueprint.for_epochs_of(loader.steps_per_epoch)
+    train_step = make_train_step(blueprint.spec, make_preprocess(settings.train, dataset.classes), mesh)
     evaluator = Evaluator(settings, blueprint, mesh, workdir)
     tables = []
 
@@ -47,10 +55,11 @@ def train(settings: Settings, config: Mapping[str, Any], workdir: Path) -> Train
         return tables[-1].metrics()
 
     with Checkpoints(workdir, settings.checkpoints) as checkpoints:
+        checkpoints.check_metrics(evaluator.metric_names)
         result = Run(
             config=settings.loop,
             spec=blueprint.spec,
-            train_step=make_train_step(blueprint.spec, make_preprocess(settings.train, dataset.classes), mesh),
+            train_step=train_step,
             mesh=mesh,
             loader=loader,
             key=jax.random.key(settings.seed),
@@ -58,7 +67,7 @@ def train(settings: Settings, config: Mapping[str, Any], workdir: Path) -> Train
             checkpoints=checkpoints,
             evaluate=evaluate,
             saved_config=config,
-            initial=initial_parameters(settings),
+            initial=initial,
             about={
                 "training data": describe_data(dataset, loader),
                 "evaluation data": describe_data(evaluator.dataset, evaluator.loader),
@@ -66,4 +75,11 @@ def train(settings: Settings, config: Mapping[str, Any], workdir: Path) -> Train
         ).run()
     if tables:
         log.info("%s\nwritten: %s, %s, %s", tables[-1], checkpoints.directory, workdir / PREDICTIONS, workdir / REPORT)
+    elif not result.interrupted:
+        log.info(
+            "this run was finished before, at step %d: average mAP %.4f. Evaluate it again with --mode eval, or train "
+            "on with a longer config.loop.stop.",
+            result.step,
+            (result.metrics or {})["average_mAP"],
+        )
     return result

@@ -8,7 +8,7 @@ evaluation's `metrics`. A save that was killed leaves a folder with another name
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +37,13 @@ class CheckpointConfig:
     keep_latest: int = 1
     keep_best: int = 1
     best_metric: str = "average_mAP"
+
+    def __post_init__(self):
+        if self.keep_latest < 1 or self.keep_best < 0:
+            raise ConfigError(
+                f"checkpoints: keep_latest = {self.keep_latest} must be at least 1, or nothing could be resumed, and "
+                f"keep_best = {self.keep_best} at least 0."
+            )
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,15 @@ def prepare_workdir(workdir: Path) -> Path:
             f"workdir {workdir} cannot be written ({error.strerror}): choose another with --workdir."
         ) from error
     return workdir
+
+
+def write_config(workdir: Path, config: Mapping[str, Any]) -> Path:
+    """Write the resolved configuration as `config.json`, as a whole or not at all."""
+    path = Path(workdir) / "config.json"
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
+    partial.replace(path)
+    return path
 
 
 class Checkpoints:
@@ -126,8 +142,8 @@ class Checkpoints:
         self._manager.save(step, args=ocp.args.Composite(**arrays, **texts), metrics=saved)
         return step
 
-    def check_metrics(self, metrics: Mapping[str, float]) -> None:
-        """Raise ConfigError unless the metric that ranks checkpoints is among an evaluation's."""
+    def check_metrics(self, metrics: Collection[str]) -> None:
+        """Raise ConfigError unless the metric that ranks checkpoints is among those of this name."""
         if self.config.best_metric not in metrics:
             words = did_you_mean(self.config.best_metric, metrics)
             raise ConfigError(f"best_metric = {self.config.best_metric!r} is none of the evaluation's. {words}")
@@ -168,6 +184,17 @@ class Checkpoints:
                 f"cannot go on where they were. Start {len(data)} processes, or a new run from its parameters."
             )
         return data[jax.process_index()]
+
+
+def best_or_latest(directory: Path) -> int:
+    """Return the step of the best evaluated checkpoint of a workdir, of the latest where none was evaluated.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    with _reading(directory, "latest") as (manager, latest):
+        best = _best_step(manager)
+        return latest if best is None else best
 
 
 def load_params(

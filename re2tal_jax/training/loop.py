@@ -16,7 +16,7 @@ from jaxtyping import PRNGKeyArray
 
 from re2tal_jax.data.pipeline import Loader, Prefetch
 from re2tal_jax.errors import ConfigError, DataError, Re2TalError
-from re2tal_jax.training.checkpoint import Checkpoints
+from re2tal_jax.training.checkpoint import Checkpoints, write_config
 from re2tal_jax.training.header import log_header
 from re2tal_jax.training.interrupt import Leave, StopSignals
 from re2tal_jax.training.metrics import MetricWriter, Progress, memory_estimate
@@ -102,6 +102,8 @@ class Run:
         """
         log_header(self.spec, self.mesh, self.workdir, self.about)
         self._begin()
+        if jax.process_index() == 0:
+            write_config(self.workdir, self.saved_config)  # not before: the folder may hold a run that does not fit
         self.progress = Progress(self.total, self.mesh.local_devices)
         self.writer = MetricWriter(self.workdir, resumed_step=self.step, enabled=jax.process_index() == 0)
         self.pending: deque[tuple[int, Any, jax.Array]] = deque()

@@ -69,8 +69,9 @@ class Rule:
             raise ConfigError(
                 f"rule {self.name!r}: pattern {self.pattern!r} is no regular expression: {error}."
             ) from None
-        if not (self.lr >= 0 and self.weight_decay >= 0):
-            raise ConfigError(f"rule {self.name!r}: lr = {self.lr}, weight_decay = {self.weight_decay} must be >= 0.")
+        if not (0 <= self.lr < math.inf and 0 <= self.weight_decay < math.inf):
+            values = f"lr = {self.lr}, weight_decay = {self.weight_decay}"
+            raise ConfigError(f"rule {self.name!r}: {values} must be >= 0 and finite.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +92,8 @@ class Schedule:
     gamma: float = 0.1
 
     def __post_init__(self):
+        if not 0 <= self.min_lr < math.inf:
+            raise ConfigError(f"schedule: min_lr = {self.min_lr} must be >= 0 and finite.")
         if bool(self.milestones) != (self.decay == "multistep"):
             raise ConfigError(
                 f"decay = {self.decay!r} with {len(self.milestones)} milestones: multistep alone has them."
