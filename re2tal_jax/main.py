@@ -80,11 +80,13 @@ def _split_overrides(arguments: Sequence[str]) -> tuple[list[tuple[str, str]], l
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Do what the command line asks for and return the exit code.
+    """Do what the command line asks for and return the exit code; log and results go to stdout.
 
-    Errors that are meant for the user end in one message and 1, Ctrl-C where there is nothing to save in 130.
+    Errors that are meant for the user end in one message on stderr and 1, Ctrl-C where nothing can be saved in 130.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout, force=True
+    )
     for chatty in ("jax", "absl"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:

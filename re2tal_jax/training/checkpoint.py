@@ -8,6 +8,7 @@ evaluation's `metrics`. A save that was killed leaves a folder with another name
 import json
 import logging
 import os
+import sys
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -263,9 +264,19 @@ def _reading(directory: Path, step: int | str) -> Iterator[tuple[ocp.CheckpointM
 
 @contextmanager
 def _telling_damage(manager: ocp.CheckpointManager, step: int) -> Iterator[None]:
+    hook = sys.unraisablehook
+
+    def quieter(unraisable: "sys.UnraisableHookArgs") -> None:
+        # The first array that cannot be read ends orbax's event loop, and each of the others would tell so.
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    sys.unraisablehook = quieter
     try:
         yield
+        sys.unraisablehook = hook  # not after an error, some of those others are still to come
     except CheckpointError:
+        sys.unraisablehook = hook
         raise
     except (ValueError, KeyError, OSError) as error:
         reason = str(error).split(" [tensorstore_spec")[0]
