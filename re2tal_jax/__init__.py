@@ -1,1 +1,41 @@
-"""End-to-end temporal action localization on long videos, through reversible backbones, in JAX."""
+"""End-to-end temporal action localization on long videos, through reversible backbones, in JAX.
+
+    list_backbones() list_localizers() list_datasets()      what there is, by name
+    build_backbone(name, *, rewired=True, …)                a video backbone, plain or rewired
+    rewire(module, wiring)                                  the same parameters, wired otherwise; PLAIN, REWIRED, Wiring
+    evaluation.detection_map(ground_truth, predictions, …)  ActivityNet mAP
+
+Training, evaluation and inspection: `python -m re2tal_jax.main --help`.
+"""
+
+import importlib
+from typing import Any
+
+_HOMES = {
+    "build_backbone": "backbones",
+    "list_backbones": "backbones",
+    "build_localizer": "localizers",
+    "list_localizers": "localizers",
+    "build_dataset": "data",
+    "list_datasets": "data",
+    "PLAIN": "reversible",
+    "REWIRED": "reversible",
+    "Wiring": "reversible",
+    "rewire": "reversible",
+}
+_MODULES = ("evaluation", "reversible")
+
+__all__ = sorted([*_HOMES, *_MODULES])  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: a decoding process needs no network, an evaluation no video reader."""
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"re2tal_jax.{_HOMES[name]}"), name)
+    if name in _MODULES:
+        return importlib.import_module(f"re2tal_jax.{name}")
+    raise AttributeError(f"module 're2tal_jax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

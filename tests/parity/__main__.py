@@ -19,9 +19,7 @@ FOLDERS = ("map", "data", "optim")
 
 def replays() -> list[ModuleType]:
     """Every module of this package that says what it recognises."""
-    names = sorted(
-        m.name for m in pkgutil.iter_modules(package.__path__) if m.name not in ("__main__", "replay")
-    )
+    names = sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name not in ("__main__", "replay"))
     return [importlib.import_module(f"tests.parity.{name}") for name in names]
 
 
