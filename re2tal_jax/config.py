@@ -62,12 +62,11 @@ def override(config: dict[str, Any], key: str, text: str) -> None:
     *sections, name = key.split(".")
     where, path = config, "config"
     for section in sections:
-        if not isinstance(where.get(section), dict):
-            found = (
-                f"{path}.{section} is {where[section]!r}, no section" if section in where else f"no {path}.{section}"
-            )
+        if section not in where:
             words = did_you_mean(section, (k for k, v in where.items() if isinstance(v, dict)))
-            raise ConfigError(f"--config.{key}={text}: there is {found}. {words}")
+            raise ConfigError(f"Unknown key {path}.{section}. {words}")
+        if not isinstance(where[section], dict):
+            raise ConfigError(f"--config.{key}: {path}.{section} is {where[section]!r}, which has no keys.")
         where, path = where[section], f"{path}.{section}"
     where[name] = _read_value(text, isinstance(where.get(name), str))
 

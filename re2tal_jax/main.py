@@ -66,15 +66,18 @@ def read_command(arguments: Sequence[str]) -> Command:
 
 def _split_overrides(arguments: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
     """Return the overrides as (key, text), written --config.key=value or --config.key value, and all else."""
-    overrides, rest, words = [], [], iter(arguments)
-    for word in words:
+    overrides, rest, words = [], [], list(arguments)
+    while words:
+        word = words.pop(0)
         match = _OVERRIDE.fullmatch(word)
         if match is None:
             rest.append(word)
             continue
-        text = match[2] if match[2] is not None else next(words, None)
+        text = match[2]
         if text is None:
-            raise ConfigError(f"{word} has no value: write {word}=value.")
+            if not words or words[0].startswith("--"):
+                raise ConfigError(f"{word} has no value: write {word}=value.")
+            text = words.pop(0)
         overrides.append((match[1], text))
     return overrides, rest
 

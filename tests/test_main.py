@@ -1,0 +1,185 @@
+"""The command line: one real run with all that it leaves, its exact continuation after a kill, and wrong arguments."""
+
+import json
+import re
+import shutil
+import signal
+import sys
+
+import jax
+import pytest
+
+from re2tal_jax.activitynet_format import read_activitynet
+from re2tal_jax.evaluation import detection_map
+from re2tal_jax.experiment import draw_blueprint
+from re2tal_jax.main import read_command
+from re2tal_jax.settings import read_settings
+from re2tal_jax.training.checkpoint import CheckpointConfig, Checkpoints
+from re2tal_jax.training.sharding import make_mesh
+from tests.system import CLASSES, NUM_TRAIN, NUM_VALIDATION, command, run_process, tiny_config, write_config
+from tests.training_stand_in import bits, read_jsonl
+
+pytest_plugins = "tests.system_fixtures"
+
+TIMES = ("sec_per_step", "data_sec_per_step", "peak_mib/host_RSS")
+
+
+def deterministic(lines):
+    """What `metrics.jsonl` holds beside times and memory."""
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
+
+
+def restore(workdir, data, step):
+    settings = read_settings(tiny_config(data))
+    mesh = make_mesh(settings.mesh, jax.devices()[:1])
+    with Checkpoints(workdir, CheckpointConfig()) as checkpoints:
+        return checkpoints.restore(draw_blueprint(settings, mesh).spec.abstract, step)
+
+
+def test_one_command_trains_evaluates_and_leaves_everything(run_folder, finished, tiny_data):
+    workdir = run_folder / "run"
+    assert json.loads((workdir / "config.json").read_text()) == json.loads(json.dumps(tiny_config(tiny_data)))
+    lines = read_jsonl(workdir / "metrics.jsonl")
+    assert [line["step"] for line in lines if "loss/total" in line] == list(range(1, 21))
+    assert [line["step"] for line in lines if "eval/average_mAP" in line] == [10, 20]
+    assert next((workdir / "tensorboard").iterdir()).stat().st_size > 1000
+    assert (workdir / "checkpoints" / "20").is_dir()
+    assert (workdir / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert not [path for path in workdir.rglob("*") if "tmp" in path.name or ".write-test" in path.name]
+
+    found = read_activitynet(workdir / "predictions.json", classes=CLASSES)
+    assert sorted(found) == [f"validation_{i}" for i in range(NUM_TRAIN, NUM_TRAIN + NUM_VALIDATION)]
+    scored = detection_map(
+        tiny_data / "annotations.json",
+        workdir / "predictions.json",
+        subset="validation",
+        tiou_thresholds=(0.3, 0.5),
+    )
+    assert scored.average == lines[-1]["eval/average_mAP"]
+    assert str(scored) in finished.out
+    assert finished.err == ""
+
+
+def test_the_header_tells_what_is_run(finished, tiny_data):
+    for line in (
+        r"training data: 16 videos, 16 segments, 2 classes, 16 windows, 2 batches",
+        r"evaluation data: 4 videos, 4 segments, 2 classes, 4 windows, 1 batches",
+        r"parameters: 4,204 in 80 arrays, 4,204 of them trained",
+        r"devices: 1 x cpu in 1 process\(es\), mesh data 1 x fsdp 1",
+        r"train step: compiled in .* MiB per device",
+    ):
+        assert re.search(line, finished.out), line
+
+
+@pytest.mark.parametrize("step", ["train_step", "eval_step"])
+def test_a_step_is_compiled_once_in_a_run_with_several_evaluations(finished, step):
+    assert finished.out.count(f"Finished XLA compilation of jit({step}) ") == 1
+
+
+def test_ten_steps_then_kill_then_the_same_command_equal_twenty_steps(
+    tmp_path, run_folder, finished, tiny_data, compiled
+):
+    workdir, config = tmp_path / "run", run_folder / "tiny.py"
+    arguments = command("--config", config, "--workdir", workdir)
+    killed = [sys.executable, "-c", "import tests.system; tests.system.main_killed_in_step(13, '10')", *arguments[3:]]
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(compiled)}
+    assert run_process(killed, **cache).code == -signal.SIGKILL
+    assert max(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()) == 10
+
+    resumed = run_process(arguments, **cache)
+    assert resumed.code == 0, resumed.err
+    assert "start: resumed at step 10 of 20" in resumed.out
+    straight = restore(shutil.copytree(run_folder / "run", tmp_path / "straight"), tiny_data, 20)
+    continued = restore(workdir, tiny_data, 20)
+    assert bits(continued.state) == bits(straight.state)  # parameters, average, optimizer, normaliser
+    assert (continued.data, continued.metrics) == (straight.data, straight.metrics)
+    lines, straight_lines = (read_jsonl(path / "metrics.jsonl") for path in (workdir, run_folder / "run"))
+    assert deterministic(lines) == deterministic(straight_lines)  # every loss: the same videos, mirrored alike
+    predictions = "predictions.json"
+    assert (workdir / predictions).read_bytes() == (run_folder / "run" / predictions).read_bytes()
+
+    assert resumed.err == ""
+    unusual = [
+        line for line in resumed.out.splitlines() if not re.match(r"\d\d(:\d\d){2} |tIoU |mAP |recall|writ", line)
+    ]
+    assert unusual == []
+    assert "warn" not in resumed.out.lower()
+
+
+def test_both_ways_to_write_an_override_are_read_and_typed(tmp_path, tiny_data):
+    config = write_config(tmp_path / "tiny.py", tiny_config(tiny_data))
+    read = read_command(
+        [
+            *("--mode=inspect", "--config", str(config), "--config.seed=5", "--config.loop.stop", "{'epochs': 2}"),
+            *("--config.backbone.depths=(1,)", "--config.backbone.rewired=false", "--config.mesh.data", "-1"),
+            *("--config.backbone.checkpoint=/a/run", "--config.train.subset=2024", "--config.train.mirror=None"),
+            *("--config.optimizer.clip_norm=None", "--config.backbone.mlp_ratio=2"),
+        ]
+    )
+    assert (read.mode, str(read.workdir)) == ("inspect", "runs/tiny")
+    settings = read_settings(read.config)
+    assert (settings.seed, settings.mesh.data, settings.optimizer.clip_norm) == (5, -1, None)
+    assert (settings.loop.stop.epochs, settings.loop.stop.steps) == (2, None)
+    assert settings.train.subset == "2024"
+    assert settings.train.mirror is None
+    wanted = {"depths": (1,), "rewired": False, "checkpoint": "/a/run", "mlp_ratio": 2}
+    assert wanted.items() <= settings.backbone.items()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--mode", "train"], "--config is missing: name a config file"),
+        (["--config"], "expected one argument"),
+        (["--config", "{folder}/tony.py"], "tony.py does not exist. Did you mean '{folder}/tiny.py'"),
+        (["--config", "{config}", "--mode", "evl"], "Unknown mode 'evl'. Did you mean 'eval'?"),
+        (["--config", "{config}", "--workdri", "x"], "Unknown argument '--workdri'. Did you mean '--workdir'?"),
+        (["--config", "{config}", "more"], "Unknown argument 'more'."),
+        (["--config", "{config}", "--config.seed"], "--config.seed has no value"),
+        (["--config", "{config}", "--config.sed=1"], "Unknown key config.sed. Did you mean 'seed'?"),
+        (["--config", "{config}", "--config.bakbone.depths=1"], "Unknown key config.bakbone. Did you mean 'backbone'?"),
+        (["--config", "{config}", "--config.backbone.deths=(1,)"], "Unknown key config.backbone.deths. Did you mean"),
+        (["--config", "{config}", "--config.data.video=x"], "Unknown key config.data.video. Did you mean 'videos'"),
+        (["--config", "{config}", "--config.seed.x=1"], "config.seed is 3, which has no keys"),
+        (["--config", "{config}", "--config.seed=one"], "config.seed = 'one' has type str; expected int."),
+        (["--config", "{config}", "--config.mesh.data=2.5"], "config.mesh.data = 2.5 has type float; expected int."),
+    ],
+)
+def test_a_wrong_command_line_is_answered_by_one_message(tmp_path, tiny_data, run_main, arguments, message):
+    config = write_config(tmp_path / "tiny.py", tiny_config(tiny_data, data_devices=8))
+    places = {"folder": tmp_path, "config": config}
+    done = run_main(*(word.format(**places) for word in arguments), "--workdir", tmp_path / "run")
+    assert (done.code, done.out) == (1, "")
+    assert done.err.startswith("\nConfigError: ")
+    assert message.format(**places) in done.err
+    assert "Traceback" not in done.err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def get_config():\n    return 1 / 0\n", "fails at line 2: ZeroDivisionError: division by zero"),
+        ("def get_config(:\n", "fails at line 1: SyntaxError"),
+        ("import nowhere_to_be_found\n", "fails at line 1: ModuleNotFoundError"),
+        ("CONFIG = {}\n", "has no function get_config that returns a ConfigDict"),
+        ("def get_config():\n    pass\n", "has no function get_config that returns a ConfigDict, but None"),
+        ("def get_config():\n    return {'seed': 1}\n", "config lacks compute_dtype, num_snippets,"),
+        ("def get_config():\n    return {'seeed': 1}\n", "Unknown key config.seeed. Did you mean 'seed'?"),
+        ("def get_config():\n    return {'seed': print}\n", "config.seed = <built-in function print> has type"),
+    ],
+)
+def test_a_config_file_that_fails_is_answered_by_one_message(tmp_path, run_main, text, message):
+    config = tmp_path / "broken.py"
+    config.write_text(text)
+    done = run_main("--config", config, "--workdir", tmp_path / "run")
+    assert done.code == 1
+    assert message in done.err
+    assert "Traceback" not in done.err
+
+
+def test_help_shows_how_to_call_it(run_main, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        run_main("--help")
+    assert exit_.value.code == 0
+    assert "--config.section.key" in capsys.readouterr().out
