@@ -1,0 +1,51 @@
+"""Memory of the backward pass by depth; `python -m benchmarks.memory [--targets cpu h100 v5e] [--out FILE.csv]`.
+
+What XLA plans for one stage of Video Swin (32 channels, 64 frames of 224 x 224, float32), value and gradients: nothing
+is run, only compiled. Targets other than cpu need the optional packages `aot`. Rows of the CSV: date, machine,
+versions, benchmark, setting, value, unit.
+"""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import jax
+
+from benchmarks.rows import Row, append_rows
+from re2tal_jax.accelerators import absent_devices
+from tests.test_memory import DEEP, SHALLOW, TARGETS, temp_bytes
+
+COMPILED_FOR = {"cpu": "CPU", "h100": "an H100", "v5e": "a TPU v5e"}
+
+
+def stage_memory(targets: Sequence[str]) -> Iterator[Row]:
+    """Compile the shallow and the deep stage, ordinary and rewired, for every target."""
+    for target in targets:
+        device = jax.devices("cpu")[0] if target == "cpu" else absent_devices(target)[0]
+        for name, rewired in (("ordinary", False), ("rewired", True)):
+            for depth in (SHALLOW, DEEP):
+                setting = f"{depth} blocks, {name}, for {COMPILED_FOR[target]}"
+                try:
+                    mib = temp_bytes(device, depth, rewired=rewired) / 2**20
+                except jax.errors.JaxRuntimeError as error:
+                    print(f"{setting}: no figure, {str(error).splitlines()[0]}")
+                    continue
+                yield "stage memory", setting, round(mib), "MiB"
+
+
+def main() -> None:
+    """Print one line per figure and append them to --out."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--targets", nargs="+", default=["cpu"], choices=TARGETS)
+    parser.add_argument("--out", type=Path, help="CSV that the rows are appended to")
+    options = parser.parse_args()
+    rows = []
+    for row in stage_memory(options.targets):
+        rows.append(row)
+        print(f"{row[0]:14s} {row[1]:40s} {row[2]:10,.0f} {row[3]}")
+    if options.out is not None:
+        append_rows(options.out, rows, packages=("jax", "jaxlib"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""The tables of docs/results.csv for people: `python -m benchmarks.tables` rewrites README.md and docs/results.md.
+
+README.md shows the benchmarks of SHOWN, docs/results.md all of them. Every figure is a row of the CSV: benchmarks
+append theirs (`--out docs/results.csv`), a figure that was seen in a run is added by hand:
+
+    python -m benchmarks.tables --add demo "average mAP@0.3:0.1:0.7, seed 0" 85.2 "%"
+
+Of rows that measure the same, the last one counts. `--check` writes nothing and exits 1 if a table is out of date.
+"""
+
+import argparse
+import csv
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from benchmarks.rows import COLUMNS, append_rows
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "docs" / "results.csv"
+BEGIN, END = "<!-- results: written by python -m benchmarks.tables -->", "<!-- end of results -->"
+
+SHOWN = {
+    "demo": "`make demo`",
+    "stage memory": "Memory of the backward pass, one Swin stage",
+    "step memory": "Memory of a training step",
+    "gradients": "Reversible gradients",
+    "reconstruction": "States recomputed in the backward pass",
+    "parity": "Golden data of the published implementation",
+    "detection_map": "mAP of ActivityNet-validation size, one core",
+}
+"""Benchmarks that README.md shows, in this order, and what it calls them."""
+
+Row = dict[str, str]
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Return the rows of a CSV, of those that measure the same only the last, in the order of their first.
+
+    Raises:
+        ValueError: other columns than `benchmarks.rows` writes, or a row with too few or too many.
+    """
+    with path.open(newline="", encoding="utf-8") as file:
+        header, *lines = csv.reader(file)
+    if tuple(header) != COLUMNS or any(len(line) != len(COLUMNS) for line in lines):
+        raise ValueError(f"{path}: expected the columns {', '.join(COLUMNS)} in every row.")
+    rows: dict[tuple[str, str], Row] = {}
+    for line in lines:
+        row = dict(zip(COLUMNS, line, strict=True))
+        rows[row["benchmark"], row["setting"]] = row
+    return list(rows.values())
+
+
+def readme_table(rows: Iterable[Row]) -> str:
+    """Return the chosen rows as Markdown, grouped by benchmark."""
+    rows = list(rows)
+    lines = ["| measured | setting | result |", "|---|---|---:|"]
+    for benchmark, title in SHOWN.items():
+        for row in (row for row in rows if row["benchmark"] == benchmark):
+            lines.append(f"| {title} | {row['setting']} | {figure(row)} |")
+            title = ""
+    return "\n".join(lines)
+
+
+def full_table(rows: Iterable[Row]) -> str:
+    """Return every row as Markdown, with machine, versions and date."""
+    lines = ["| benchmark | setting | result | machine | versions | date |", "|---|---|---:|---|---|---|"]
+    for row in rows:
+        cells = (row["benchmark"], row["setting"], figure(row), row["machine"], row["versions"], row["date"])
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def figure(row: Row) -> str:
+    """Return value and unit: thousands set apart, two digits of what is tiny."""
+    value = float(row["value"])
+    text = f"{value:,.0f}" if value >= 1000 else f"{value:.2g}" if 0 < abs(value) < 1e-3 else row["value"]
+    return f"{text} {row['unit']}".strip()
+
+
+def between_markers(text: str, table: str) -> str:
+    """Return the text with the table between the two markers.
+
+    Raises:
+        ValueError: the markers are not there once each, in order.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end or BEGIN in rest or END in after:
+        raise ValueError(f"expected one {BEGIN} and after it one {END}.")
+    return f"{before}{BEGIN}\n{table}\n{END}{after}"
+
+
+def pages() -> dict[Path, str]:
+    """Return the pages with tables, as they should be."""
+    rows = read_rows(RESULTS)
+    tables = {ROOT / "README.md": readme_table(rows), ROOT / "docs" / "results.md": full_table(rows)}
+    return {path: between_markers(path.read_text(encoding="utf-8"), table) for path, table in tables.items()}
+
+
+def main() -> int:
+    """Rewrite the tables, or tell whether they are up to date."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a table is out of date")
+    parser.add_argument("--add", nargs=4, metavar=("BENCHMARK", "SETTING", "VALUE", "UNIT"), help="append a row first")
+    options = parser.parse_args()
+    if options.add:
+        benchmark, setting, value, unit = options.add
+        append_rows(RESULTS, [(benchmark, setting, float(value), unit)], packages=("jax", "flax", "numpy"))
+    stale = {path: text for path, text in pages().items() if path.read_text(encoding="utf-8") != text}
+    for path, text in stale.items():
+        print(f"{path.relative_to(ROOT)}: {'out of date' if options.check else 'rewritten'}")
+        if not options.check:
+            path.write_text(text, encoding="utf-8")
+    return 1 if stale and options.check else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
