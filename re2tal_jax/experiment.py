@@ -163,8 +163,13 @@ class Blueprint:
         optimizer = replace(self.optimizer, learning_rate=self.optimizer.config.schedule.resolve(steps))
         return Blueprint(self.model, optimizer, replace(self.spec, optimizer=optimizer))
 
+    def with_wiring(self, settings: Settings, mesh: Mesh, *, rewired: bool) -> "Blueprint":
+        """Return the blueprint of the same parameters, rewired or ordinary whatever the config says."""
+        model = describe_model(make_detector(settings, rewired=rewired))
+        return Blueprint(model, self.optimizer, describe_state(model, self.optimizer, mesh, settings.mesh))
 
-def draw_blueprint(settings: Settings, mesh: Mesh, *, rewired: bool | None = None) -> Blueprint:
+
+def draw_blueprint(settings: Settings, mesh: Mesh) -> Blueprint:
     """Work out model, parameter groups and shardings; the schedule's epochs are given by `for_epochs_of`.
 
     Needs no data, so that a config that cannot run is known before any are read or rendered.
@@ -175,7 +180,7 @@ def draw_blueprint(settings: Settings, mesh: Mesh, *, rewired: bool | None = Non
     check_settings(settings)
     check_batch_size(settings.train.batch_size, mesh, settings.optimizer.accumulate)
     check_batch_size(settings.eval.batch_size, mesh)
-    model = describe_model(make_detector(settings, rewired=rewired))
+    model = describe_model(make_detector(settings))
     rules = build(recipe_rules, settings.parameter_groups, path="config.parameter_groups")
     optimizer = make_optimizer(settings.optimizer, rules, model.shapes, _ANY_EPOCH)
     return Blueprint(model, optimizer, describe_state(model, optimizer, mesh, settings.mesh))

@@ -23,12 +23,15 @@ import numpy as np
 import pytest
 
 from re2tal_jax.main import main
+from re2tal_jax.modes import MODES
+from re2tal_jax.settings import read_settings
 from tests.video_files import write_video
 
 ROOT = Path(__file__).parent.parent
 CLASSES = ("left", "right")
 FRAMES, FPS = 24, 10
 NUM_TRAIN, NUM_VALIDATION = 16, 4
+STEPS = 6
 QUICK = {
     "jax_disable_most_optimizations": True,
     "jax_persistent_cache_min_compile_time_secs": 0.5,
@@ -171,6 +174,11 @@ def write_config(path: Path, config: Mapping[str, Any]) -> Path:
         f"    return ConfigDict({pformat(dict(config), indent=4, sort_dicts=False)})\n"
     )
     return path
+
+
+def run_mode(mode: str, config: Mapping[str, Any], workdir: Path) -> Any:
+    """Run a mode in this process and return what it returns."""
+    return MODES[mode](read_settings(config), config, workdir)
 
 
 def command(*arguments: Any) -> list[str]:

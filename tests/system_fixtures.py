@@ -11,7 +11,18 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from re2tal_jax.main import main
-from tests.system import QUICK, Done, command, once, run_process, tiny_config, write_config, write_data
+from tests.system import (
+    QUICK,
+    STEPS,
+    Done,
+    changed,
+    command,
+    once,
+    run_process,
+    tiny_config,
+    write_config,
+    write_data,
+)
 
 
 @pytest.fixture(scope="session")
@@ -47,11 +58,19 @@ def finished(run_folder) -> Done:
     return result
 
 
+@pytest.fixture(scope="session")
+def config(tiny_data):
+    """The tiny config: STEPS steps on a mesh of 4 x 2 devices."""
+    loop = {"stop": {"steps": STEPS}, "evaluate_every": {"steps": 100}, "checkpoint_every": {"steps": 2}}
+    sharded = tiny_config(tiny_data, data_devices=4, fsdp_devices=2)
+    return changed(sharded, loop=loop | {"log_every_steps": 1})
+
+
 @pytest.fixture(scope="module")
 def quick_compilation(compiled) -> Iterator[None]:
     """Compile quickly, and each program once, in this process."""
     wanted = QUICK | {"jax_compilation_cache_dir": str(compiled)}
-    before = {name: getattr(jax.config, name) for name in wanted}
+    before = {name: _setting(name) for name in wanted}
     for name, value in wanted.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
@@ -59,6 +78,10 @@ def quick_compilation(compiled) -> Iterator[None]:
     for name, value in before.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
+
+
+def _setting(name: str) -> Any:
+    return getattr(jax.config, name) if hasattr(jax.config, name) else jax.config.read(name)
 
 
 @pytest.fixture

@@ -43,7 +43,7 @@ def inspect(settings: Settings, config: Mapping[str, Any], workdir: Path) -> str
     ]
     for part in parts:
         log.info("%s", part)
-    parts.append("memory of a training step as compiled for these devices:\n" + memory_table(settings, mesh))
+    parts.append("memory of a training step as compiled for these devices:\n" + memory_table(settings, mesh, blueprint))
     log.info("%s", parts[-1])
     return "\n".join(parts)
 
@@ -86,23 +86,27 @@ def shape_table(settings: Settings, blueprint: Blueprint) -> str:
     video = jax.ShapeDtypeStruct(size, jnp.dtype(split.augment.dtype))
     mask = jax.ShapeDtypeStruct((split.batch_size, settings.num_snippets), jnp.bool_)
 
-    def forward(params: Any, video: Any, mask: Any) -> dict[str, Any]:
+    names: list[str] = []  # in order; a dictionary that jax returns is sorted
+
+    def forward(params: Any, video: Any, mask: Any) -> list[Any]:
         detector = blueprint.model.merge(params)
         _, named = detector.backbone.intermediates(video)
         outputs, features = detector(video, mask)
         proposals, scores, _ = detector.localizer.decode(outputs)
-        return {"video": video, **named, "snippet features": features, "proposals": proposals, "scores": scores}
+        arrays = {"video": video, **named, "snippet features": features, "proposals": proposals, "scores": scores}
+        names[:] = arrays
+        return list(arrays.values())
 
     shapes = jax.eval_shape(forward, blueprint.spec.abstract.params, video, mask)
-    return "\n".join(f"  {name:32s} {shapes[name].dtype.name:9s} {shapes[name].shape}" for name in shapes)
+    return "\n".join(f"  {n:32s} {s.dtype.name:9s} {s.shape}" for n, s in zip(names, shapes, strict=True))
 
 
-def memory_table(settings: Settings, mesh: Mesh) -> str:
+def memory_table(settings: Settings, mesh: Mesh, blueprint: Blueprint) -> str:
     """Return what the compiler plans for the step, rewired and ordinary, with the seconds it took to compile."""
     rows = []
     for name, rewired in (("reversible", True), ("plain", False)):
         begin = time.monotonic()
-        memory = step_memory(settings, mesh, rewired=rewired)
+        memory = step_memory(settings, mesh, blueprint.with_wiring(settings, mesh, rewired=rewired))
         seconds = time.monotonic() - begin
         if memory is None:
             return "  this backend does not tell"
@@ -110,9 +114,8 @@ def memory_table(settings: Settings, mesh: Mesh) -> str:
     return "\n".join(rows)
 
 
-def step_memory(settings: Settings, mesh: Mesh, *, rewired: bool) -> MemoryEstimate | None:
+def step_memory(settings: Settings, mesh: Mesh, blueprint: Blueprint) -> MemoryEstimate | None:
     """Compile the training step for the mesh and return its memory per device."""
-    blueprint = draw_blueprint(settings, mesh, rewired=rewired)
     split = replace(settings.train, mirror=None)  # its classes are known from the data alone; it costs no memory
     preprocess = make_preprocess(split, classes=())
     step = make_train_step(blueprint.spec, preprocess, mesh)
