@@ -1,8 +1,8 @@
 """Memory of the backward pass by depth; `python -m benchmarks.memory [--targets cpu h100 v5e] [--out FILE.csv]`.
 
-What XLA plans for one stage of Video Swin (32 channels, 64 frames of 224 x 224, float32), value and gradients: nothing
-is run, only compiled. Targets other than cpu need the optional packages `aot`. Rows of the CSV: date, machine,
-versions, benchmark, setting, value, unit.
+Temporaries that XLA plans for the gradient of one stage of Video Swin, that of tests/test_memory.py: nothing is run,
+only compiled. Targets other than cpu need the optional packages `aot`. Rows of the CSV: date, machine, versions,
+benchmark, setting, value, unit.
 """
 
 import argparse

@@ -22,7 +22,7 @@ BEGIN, END = "<!-- results: written by python -m benchmarks.tables -->", "<!-- e
 
 SHOWN = {
     "demo": "`make demo`",
-    "stage memory": "Memory of the backward pass, one Swin stage",
+    "stage memory": "Memory of the backward pass, one stage of Swin",
     "step memory": "Memory of a training step",
     "gradients": "Reversible gradients",
     "reconstruction": "States recomputed in the backward pass",
