@@ -1,5 +1,6 @@
 """A picture of an evaluation: what papers print, which classes are weak, and what was found on some videos."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from matplotlib.figure import Figure
 
 from re2tal_jax.evaluation import DetectionMap
 
-MAX_VIDEOS, MAX_CLASSES, MAX_SHOWN = 8, 20, 30
+MAX_VIDEOS, MAX_CLASSES, MAX_SHOWN, MAX_LETTERS = 8, 20, 30, 28
 
 
 def draw_report(
@@ -26,14 +27,17 @@ def draw_report(
         predictions: ActivityNet form; on a timeline opacity is the score.
         title: headline.
     """
-    figure = Figure(figsize=(13, 8), layout="constrained")
-    grid = figure.add_gridspec(2, 2, width_ratios=(1, 2))
-    draw_tiou(figure.add_subplot(grid[0, 0]), scored)
-    draw_classes(figure.add_subplot(grid[1, 0]), scored)
-    draw_timelines(figure.add_subplot(grid[:, 1]), ground_truth["database"], predictions["results"])
-    figure.suptitle(f"{title}: average mAP {100 * scored.average:.1f} %")
     partial = path.with_name(f".{path.name}")
-    figure.savefig(partial, format="png", dpi=110)
+    # Names of classes and videos are shown as they are: "$" starts no formula, and a font may lack their letters.
+    with matplotlib.rc_context({"text.parse_math": False}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"Glyph .* missing from font")
+        figure = Figure(figsize=(13, 8), layout="constrained")
+        grid = figure.add_gridspec(2, 2, width_ratios=(1, 2))
+        draw_tiou(figure.add_subplot(grid[0, 0]), scored)
+        draw_classes(figure.add_subplot(grid[1, 0]), scored)
+        draw_timelines(figure.add_subplot(grid[:, 1]), ground_truth["database"], predictions["results"])
+        figure.suptitle(f"{title}: average mAP {100 * scored.average:.1f} %")
+        figure.savefig(partial, format="png", dpi=110)
     partial.replace(path)
 
 
@@ -49,7 +53,8 @@ def draw_classes(axes: Axes, scored: DetectionMap) -> None:
     means = sorted((float(np.mean(ap)), name) for name, ap in scored.per_class.items())
     if len(means) > MAX_CLASSES:
         means = means[: MAX_CLASSES // 2] + means[-MAX_CLASSES // 2 :]
-    axes.barh([name for _, name in means], [100 * value for value, _ in means])
+    axes.barh(range(len(means)), [100 * value for value, _ in means])
+    axes.set_yticks(range(len(means)), [_short(name) for _, name in means])
     axes.set(xlabel="average precision, mean over tIoU (%)", xlim=(0, 100))
 
 
@@ -66,11 +71,16 @@ def draw_timelines(axes: Axes, videos: Mapping[str, Any], results: Mapping[str, 
         for detection in best:
             _bar(axes, row - 0.18, detection, colors, scale, min(max(float(detection["score"]), 0.02), 1.0))
     for label in labels[:MAX_CLASSES]:
-        axes.barh(0, 0, color=colors[label], label=label)
+        axes.barh(0, 0, color=colors[label], label=_short(label))
     if labels:
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=6, fontsize="small")
     axes.set(xlim=(0, 100), xlabel="% of the video; ground truth above, detections below (opacity: score)")
-    axes.set_yticks(range(len(shown)), shown, fontsize="small")
+    axes.set_yticks(range(len(shown)), map(_short, shown), fontsize="small")
+
+
+def _short(name: str) -> str:
+    """Return a name that leaves room for the picture."""
+    return name if len(name) <= MAX_LETTERS else f"{name[: MAX_LETTERS - 1]}…"
 
 
 def _bar(
