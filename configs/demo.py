@@ -3,7 +3,7 @@
     make demo
     python -m re2tal_jax.main --config configs/demo.py
 
-160 training videos (H.264, several sizes and frame rates) with six classes of motion that no single frame reveals.
+240 training videos (H.264, several sizes and frame rates) with six classes of motion that no single frame reveals.
 """
 
 from ml_collections import ConfigDict
@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
             num_snippets=48,
             frames_per_snippet=2,
             num_classes=6,
-            data=dict(name="synthetic", root="runs/demo/data", num_train=160, num_validation=40, seed=0),
+            data=dict(name="synthetic", root="runs/demo/data", num_train=240, num_validation=40, seed=0),
             train=dict(
                 subset="training",
                 batch_size=4,
@@ -64,10 +64,10 @@ def get_config() -> ConfigDict:
                 loss_normalizer=40.0,
             ),
             # The auxiliary loss is ours too; without it random weights learn nothing in this time (see Detector).
-            detector=dict(pixel_mean=(127.5, 127.5, 127.5), pixel_std=(63.75, 63.75, 63.75), snippet_loss_weight=1.0),
-            parameter_groups=dict(localizer_lr=2e-3, backbone_lr=2e-3, weight_decay=0.05, freeze_backbone_norms=False),
+            detector=dict(pixel_mean=(127.5, 127.5, 127.5), pixel_std=(63.75, 63.75, 63.75), snippet_loss_weight=5.0),
+            parameter_groups=dict(localizer_lr=2.5e-3, backbone_lr=2.5e-3, weight_decay=0.05, freeze_backbone_norms=False),
             optimizer=dict(
-                schedule=dict(decay="cosine", length=dict(steps=1200), warmup=dict(steps=60), min_lr=1e-6),
+                schedule=dict(decay="cosine", length=dict(steps=2000), warmup=dict(steps=60), min_lr=1e-6),
                 b2=0.98,
                 clip_norm=1.0,
                 ema_decay=0.99,
@@ -76,9 +76,9 @@ def get_config() -> ConfigDict:
             mesh=dict(data=-1, fsdp=1),
             distributed=None,
             loop=dict(
-                stop=dict(steps=1200),
-                evaluate_every=dict(steps=600),
-                checkpoint_every=dict(steps=300),
+                stop=dict(steps=2000),
+                evaluate_every=dict(steps=500),
+                checkpoint_every=dict(steps=250),
                 log_every_steps=50,
             ),
             checkpoints=dict(keep_latest=1, keep_best=1, best_metric="average_mAP"),

@@ -25,7 +25,7 @@ _HOMES = {
 }
 _MODULES = ("evaluation", "reversible")
 
-__all__ = sorted([*_HOMES, *_MODULES])  # noqa: PLE0605
+__all__ = sorted([*_HOMES, *_MODULES])
 
 
 def __getattr__(name: str) -> Any:

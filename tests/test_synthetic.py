@@ -43,7 +43,7 @@ def test_the_annotation_tells_what_was_drawn(root):
         scene = draw_scene(np.random.default_rng(key))
         info = probe(root / "videos" / f"{name}.mp4")
         assert (info.num_frames, info.fps) == (video["frame"], scene.fps) == (scene.num_frames, scene.fps)
-        assert info.duration_sec == pytest.approx(video["duration"])
+        assert info.duration_sec == pytest.approx(video["duration"], abs=1e-3)  # mp4 counts in milliseconds
         assert f"{info.width}x{info.height}" == video["resolution"]
         drawn = [(a.label, a.start / info.fps, a.end / info.fps) for a in scene.instances]
         assert [(a["label"], *a["segment"]) for a in video["annotations"]] == drawn
@@ -113,7 +113,7 @@ def test_instances_are_as_many_and_as_long_as_promised(scenes):
 
 
 def test_motion_between_two_of_96_sampled_frames_does_not_depend_on_the_rate(actors):
-    for label, low, high, column in [("right", 0.9 / 32, 1.6 / 32, 0), ("clockwise", 0.122, 0.227, 3)]:
+    for label, low, high, column in [("right", 0.9 / 32, 1.6 / 32, 0), ("clockwise", 0.157, 0.280, 3)]:
         moved = []
         for actor, num_frames in actors:
             if actor.label == label and actor.end - actor.start >= 4:

@@ -32,8 +32,8 @@ EMPTY_SHARE = 0.1
 
 _SHIFT = (0.9 / 32, 1.6 / 32)  # picture widths a step
 _CYCLE = (1 / 22, 1 / 12)  # sawtooth cycles a step
-_TURN = (np.deg2rad(7.0), np.deg2rad(13.0))  # radians a step
-_SIZE = (0.18, 0.36)  # half length of the actor, in the picture's shorter side
+_TURN = (np.deg2rad(9.0), np.deg2rad(16.0))  # radians a step
+_SIZE = (0.16, 0.42)  # half length of the actor, in the picture's shorter side
 _DRIFT = (0.1 / 32, 0.4 / 32)
 _CONTRAST = (60.0, 100.0)
 _TEXTURE, _NOISE = 10.0, 5.0  # standard deviations in grey levels
@@ -75,14 +75,14 @@ class Scene:
 
 
 def draw_scene(rng: np.random.Generator) -> Scene:
-    """Draw a video: 1-4 instances that do not overlap in time (none in a tenth), and up to two distractors."""
+    """Draw a video: 1-4 instances that do not overlap in time (none in a tenth), and up to one distractor."""
     height, width = SIZES[rng.integers(len(SIZES))]
     num_frames = int(rng.integers(NUM_FRAMES[0], NUM_FRAMES[1] + 1))
     color = rng.uniform(90, 165) + rng.uniform(-20, 20, 3)
     empty = rng.random() < EMPTY_SHARE
     spans = [] if empty else _spans(int(rng.integers(1, MAX_INSTANCES + 1)), num_frames, rng)
     actors = [_actor(str(rng.choice(CLASSES)), span, color, rng) for span in spans]
-    for _ in range(int(rng.integers(1 if empty else 0, 3))):
+    for _ in range(int(rng.integers(1 if empty else 0, 2))):
         span = _spans(1, num_frames, rng)[0]
         actors.append(_actor(str(rng.choice(DISTRACTORS)), span, color, rng))
     heading, speed = rng.uniform(0, 2 * np.pi), rng.uniform(*_DRIFT)
@@ -139,9 +139,8 @@ def _spans(count: int, num_frames: int, rng: np.random.Generator) -> list[tuple[
 def _actor(label: str, span: tuple[int, int], color: np.ndarray, rng: np.random.Generator) -> Actor:
     """Draw an actor; its look comes from one distribution, whatever the label."""
     speeds = {"grow": _CYCLE, "shrink": _CYCLE, "clockwise": _TURN, "counterclockwise": _TURN}
-    side = rng.choice([-1.0, 1.0])
-    body = color + side * rng.uniform(*_CONTRAST) + rng.uniform(-25, 25, 3)
-    head = body + rng.choice([-1.0, 1.0]) * rng.uniform(30, 60) + rng.uniform(-25, 25, 3)
+    body = color + rng.uniform(*_CONTRAST) + rng.uniform(-15, 15, 3)
+    head = color - rng.uniform(*_CONTRAST) + rng.uniform(-15, 15, 3)
     return Actor(
         label=label,
         start=span[0],

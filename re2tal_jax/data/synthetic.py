@@ -25,7 +25,7 @@ from re2tal_jax.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
-RECIPE = 2
+RECIPE = 4
 """Counts the changes to what is rendered: a folder of another recipe is refused, not mixed."""
 
 SUBSETS = ("training", "validation")
