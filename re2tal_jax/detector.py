@@ -100,7 +100,7 @@ class Detector(nnx.Module):
 
 
 def pool_to_snippets(features: Float[Array, "B Tb H W C"], num_snippets: int) -> Float[Array, "B T C"]:
-    """Average over space and interpolate time linearly to `num_snippets` (REFERENCE: torch's align_corners=False)."""
+    """Average over space and interpolate time linearly to `num_snippets` (torch's align_corners=False)."""
     pooled = jnp.mean(features.astype(jnp.float32), axis=(2, 3))
     if pooled.shape[1] == num_snippets:
         return pooled

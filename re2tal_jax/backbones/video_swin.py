@@ -195,7 +195,7 @@ class WindowAttention(nnx.Module):
         """Return the bias of every head between the first `tokens` positions of a full window.
 
         For a window clamped in H or W these are not the geometric neighbours; the pretrained weights were trained and
-        are evaluated so (REFERENCE section 3, item 5).
+        are evaluated so.
         """
         index = relative_position_index(self.window_size)[:tokens, :tokens]
         return rearrange(self.relative_position_bias[...][index], "q k h -> h q k")
