@@ -75,7 +75,7 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class Detections:
-    """Detections of one video, best first: segments (N, 2) in seconds, labels (N,) class names, scores (N,) in [0, 1]."""
+    """Detections of a video, best first: segments (N, 2) in seconds, labels (N,) class names, scores (N,) in [0, 1]."""
 
     segments_sec: np.ndarray
     labels: tuple[str, ...]

@@ -224,6 +224,7 @@ def test_inspect_reports_on_a_config_without_data(tmp_path, run_main, monkeypatc
         "localizer.regression_range": ((0, 4), (4, 10000)),
         "parameter_groups.freeze_backbone_norms": True,
         "parameter_groups.backbone_lr": 0.002,
+        "mesh.cpu_devices": 1,
     }
     overrides = [f"--config.{key}={value}" for key, value in small.items()]
     done = run_main("--mode", "inspect", "--config", ROOT / "configs" / "demo.py", *overrides)

@@ -18,6 +18,7 @@ from re2tal_jax.training.sharding import (
     ShardingRule,
     check_batch_size,
     make_mesh,
+    open_mesh,
     parameter_shardings,
     put_batch,
 )
@@ -126,3 +127,13 @@ def test_two_processes_train_as_one(tmp_path):
     found = [[float(x) for x in out.split("losses [")[1].split("]")[0].split(",")] for out, _ in outputs]
     assert found[0] == found[1]
     np.testing.assert_allclose(found[0], losses_of(make_parts(devices=4)), rtol=1e-6)
+
+
+def test_cpu_devices_that_come_too_late_are_refused():
+    """This process has used its eight CPU devices already."""
+    jax.devices()
+    with pytest.raises(ConfigError, match=r"mesh\.cpu_devices = 3 comes too late"):
+        open_mesh(MeshConfig(cpu_devices=3))
+    with pytest.raises(ConfigError, match=r"mesh\.cpu_devices = 0 must be at least 1"):
+        open_mesh(MeshConfig(cpu_devices=0))
+    assert dict(open_mesh(MeshConfig()).shape) == {"data": 8, "fsdp": 1}

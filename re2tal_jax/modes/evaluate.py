@@ -20,7 +20,7 @@ from re2tal_jax.inference.report import draw_report
 from re2tal_jax.settings import Settings
 from re2tal_jax.training.checkpoint import best_or_latest, load_params, prepare_workdir
 from re2tal_jax.training.optim import Params
-from re2tal_jax.training.sharding import initialise_distributed, make_mesh
+from re2tal_jax.training.sharding import initialise_distributed, open_mesh
 from re2tal_jax.training.state import check_parameters
 from re2tal_jax.training.step import make_eval_step
 from re2tal_jax.types import Detections
@@ -115,7 +115,7 @@ def evaluate(settings: Settings, config: Mapping[str, Any], workdir: Path) -> No
     del config
     initialise_distributed(settings.distributed)
     step = best_or_latest(workdir)
-    mesh = make_mesh(settings.mesh, jax.devices())
+    mesh = open_mesh(settings.mesh)
     blueprint = draw_blueprint(settings, mesh)
     params = load_params(workdir, step=step)
     check_parameters({path: (v.shape, v.dtype) for path, v in params.items()}, blueprint.model.parameters)

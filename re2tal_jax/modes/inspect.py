@@ -17,7 +17,7 @@ from re2tal_jax.experiment import Blueprint, abstract_batch, check_shapes, draw_
 from re2tal_jax.settings import Settings
 from re2tal_jax.training.header import describe_devices, describe_parameters
 from re2tal_jax.training.metrics import MemoryEstimate, memory_estimate
-from re2tal_jax.training.sharding import make_mesh
+from re2tal_jax.training.sharding import open_mesh
 from re2tal_jax.training.step import make_train_step
 
 MAX_SEGMENTS = 32
@@ -31,7 +31,7 @@ def inspect(settings: Settings, config: Mapping[str, Any], workdir: Path) -> str
     """
     del workdir
     log = logging.getLogger(__name__)
-    mesh = make_mesh(settings.mesh, jax.devices())
+    mesh = open_mesh(settings.mesh)
     blueprint = draw_blueprint(settings, mesh)
     check_shapes(settings, blueprint)
     parts = [

@@ -20,7 +20,7 @@ from re2tal_jax.modes.evaluate import PREDICTIONS, REPORT, Evaluator
 from re2tal_jax.settings import Settings
 from re2tal_jax.training.checkpoint import Checkpoints, prepare_workdir
 from re2tal_jax.training.loop import Run, TrainResult
-from re2tal_jax.training.sharding import initialise_distributed, make_mesh
+from re2tal_jax.training.sharding import initialise_distributed, open_mesh
 from re2tal_jax.training.step import make_train_step
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ def train(settings: Settings, config: Mapping[str, Any], workdir: Path) -> Train
         CheckpointError: the workdir holds a run of another architecture.
     """
     initialise_distributed(settings.distributed)
-    mesh = make_mesh(settings.mesh, jax.devices())
+    mesh = open_mesh(settings.mesh)
     blueprint = draw_blueprint(settings, mesh)
     check_shapes(settings, blueprint)
     initial = initial_parameters(settings, blueprint.model)

@@ -39,11 +39,14 @@ class MeshConfig:
 
     Parameters of at least `fsdp_min_size` values that no rule matches are split over fsdp along their largest dimension
     that divides evenly; smaller ones are kept whole on every device, gathering them would cost more than it saves.
+    Without an accelerator the CPU counts as `cpu_devices` devices: its cores then share a batch, where one small
+    program would leave all but one idle.
     """
 
     data: int = -1
     fsdp: int = 1
     fsdp_min_size: int = 2**16
+    cpu_devices: int = 1
     rules: tuple[ShardingRule, ...] = ()
 
 
@@ -62,6 +65,25 @@ def initialise_distributed(config: DistributedConfig | None) -> None:
         return
     jax.distributed.initialize(config.coordinator, config.num_processes, config.process_id)
     log.info("process %d of %d, %d local devices", jax.process_index(), jax.process_count(), jax.local_device_count())
+
+
+def open_mesh(config: MeshConfig) -> Mesh:
+    """Return the mesh over all devices there are; call it before anything else touches a device.
+
+    Raises:
+        ConfigError: as `make_mesh`, or devices were used before with another number of CPU devices.
+    """
+    if config.cpu_devices < 1:
+        raise ConfigError(f"mesh.cpu_devices = {config.cpu_devices} must be at least 1.")
+    if config.cpu_devices > 1 and jax.config.jax_num_cpu_devices != config.cpu_devices:
+        try:
+            jax.config.update("jax_num_cpu_devices", config.cpu_devices)
+        except RuntimeError as error:
+            raise ConfigError(
+                f"mesh.cpu_devices = {config.cpu_devices} comes too late, this process has used its devices already: "
+                "set it to 1, or start another process."
+            ) from error
+    return make_mesh(config, jax.devices())
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
