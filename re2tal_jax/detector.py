@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
+from re2tal_jax.backbones.layers import at_least_float32
 from re2tal_jax.targets import snippet_classes
 from re2tal_jax.types import Batch
 
@@ -54,8 +55,10 @@ class Detector(nnx.Module):
 
     def features(self, video: Float[Array, "B F H W 3"], *, key: PRNGKeyArray | None = None) -> Float[Array, "B T C"]:
         """Return one float32 feature a snippet of a video in 0..255; pathways are joined."""
-        mean, std = (jnp.asarray(v, video.dtype) for v in (self.pixel_mean, self.pixel_std))
-        pathways = self.backbone((video - mean) / std, key=key)
+        # in bfloat16 a mean of 123.675 would be 123.5, and differences of pixels near it would lose their last bits
+        precise = at_least_float32(video.dtype)
+        mean, std = (jnp.asarray(v, precise) for v in (self.pixel_mean, self.pixel_std))
+        pathways = self.backbone(((video.astype(precise) - mean) / std).astype(video.dtype), key=key)
         pathways = pathways if isinstance(pathways, tuple) else (pathways,)
         return jnp.concatenate([pool_to_snippets(p, self.num_snippets) for p in pathways], axis=-1)
 
