@@ -4,8 +4,10 @@
 
 Windows of 512 snippets, two frames each, every second frame of the video, at 224 x 224; 20 classes; 120 epochs of a
 1,500-epoch cosine. docs/data.md says where each file goes. Published run: batch 2. Published mAP (tIoU .3/.4/.5/.6/.7,
-average): 82.12/78.09/70.06/59.81/44.35, 66.89; public annotations differ, name yours beside a number. Memory per
-device: --mode inspect. Hours and mAP of this implementation on the real videos: not measured yet.
+average): 82.12/78.09/70.06/59.81/44.35, 66.89; public annotations differ, name yours beside a number. It started from
+a backbone fine-tuned on Kinetics-400 after rewiring: name yours as --config.backbone.checkpoint, without one frozen
+norms and a rate of 1e-5 leave it random. Memory per device: --mode inspect. Hours and mAP of this implementation on the
+real videos: not measured yet.
 """
 
 from ml_collections import ConfigDict

@@ -124,6 +124,7 @@ class Run:
         per_epoch = self.loader.steps_per_epoch
         self.total, self.evaluate_every, self.checkpoint_every = self.config.in_steps(per_epoch)
         if self.checkpoints.latest_step is None:
+            self._warn_of_frozen_noise()
             self.state, self.metrics, self.step = self.spec.create(self.initial), None, 0
             log.info("start: new run of %d steps, %d an epoch", self.total, per_epoch)
         else:
@@ -133,6 +134,17 @@ class Run:
             log.info("start: resumed at step %d of %d, %d an epoch", self.step, self.total, per_epoch)
         self.position = self.loader.get_state()
         self.saved_at = self.checkpoints.latest_step
+
+    def _warn_of_frozen_noise(self) -> None:
+        given = self.initial or {}
+        frozen = [row.path for row in self.spec.optimizer.table() if row.frozen and row.path not in given]
+        if frozen:
+            log.warning(
+                "%d frozen parameters, such as %s, keep the values they are drawn with: recipes that freeze norms "
+                "start from a pretrained backbone (config.backbone.checkpoint).",
+                len(frozen),
+                frozen[0],
+            )
 
     def _train(self) -> bool:
         """Train and evaluate to the end; return whether a signal came first."""
