@@ -4,15 +4,15 @@ import logging
 import jax
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from re2tal_jax.data.dataset import Dataset
 from re2tal_jax.data.elements import LoaderConfig
 from re2tal_jax.data.findings import Findings
-from re2tal_jax.data.pipeline import Loader, Prefetch, to_device
+from re2tal_jax.data.pipeline import Loader, Prefetch
 from re2tal_jax.data.sampling import RandomTrunc, Resize, SlidingWindow
 from re2tal_jax.data.video import read_frames
 from re2tal_jax.errors import CheckpointError, ConfigError, DataError
+from re2tal_jax.training.sharding import MeshConfig, make_mesh, put_batch
 from re2tal_jax.types import Batch, VideoRecord
 from tests.video_files import frame_numbers, numbered_frames, write_video
 
@@ -279,15 +279,10 @@ def test_a_video_without_file_is_named(folder):
         loader(data)
 
 
-def sharding():
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    return NamedSharding(mesh, PartitionSpec("data"))
-
-
 def test_prefetched_batches_are_split_over_the_devices_and_their_state_is_that_of_the_last_taken(folder):
-    data, split = dataset(folder), sharding()
+    data, mesh = dataset(folder), make_mesh(MeshConfig(), jax.devices())
     expected = take(loader(data, RANDOM, batch_size=4), 5)
-    with Prefetch(loader(data, RANDOM, batch_size=4), lambda batch: batch_of(batch, split)) as batches:
+    with Prefetch(loader(data, RANDOM, batch_size=4), lambda batch: batch_of(batch, mesh)) as batches:
         taken = [next(batches) for _ in range(2)]
         state = batches.get_state()
     assert isinstance(taken[0], Batch)
@@ -299,9 +294,9 @@ def test_prefetched_batches_are_split_over_the_devices_and_their_state_is_that_o
     assert_equal(take(resumed, 3), expected[2:])
 
 
-def batch_of(batch, split):
+def batch_of(batch, mesh):
     """Place a batch of four on eight devices, each row twice."""
-    return to_device({name: np.repeat(rows, 2, axis=0) for name, rows in batch.items()}, split)
+    return put_batch({name: np.repeat(rows, 2, axis=0) for name, rows in batch.items()}, mesh)
 
 
 def test_prefetch_ends_with_the_evaluation_and_passes_errors_on(folder, damaged):

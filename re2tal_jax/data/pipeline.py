@@ -62,7 +62,7 @@ class Loader:
         Raises:
             ConfigError: a batch that the processes cannot share, or larger than an epoch; random windows in an
                 evaluation or with a cache.
-            DataError: a video without a file.
+            DataError: a video without a file, or not a single window.
         """
         if batch_size < 1 or batch_size % process_count or not 0 <= process_index < process_count:
             raise ConfigError(f"batch_size = {batch_size} must be a multiple of the {process_count} processes.")
@@ -72,6 +72,8 @@ class Loader:
             )
         self.skipped: dict[str, str] = {}
         self.windows = tuple(_windows(dataset, policy, config, train, self.skipped))
+        if not self.windows:
+            raise DataError(f"None of {len(dataset.records)} videos gives a window ({len(self.skipped)} unreadable).")
         full, rest = divmod(len(self.windows), batch_size)
         self.steps_per_epoch = full if train or not rest else full + 1
         if not self.steps_per_epoch:
@@ -159,11 +161,6 @@ class Loader:
                 raise DataError(f"Video {video_id!r}: {reason} To go on without it set on_error to 'skip'.")
             _note_skipped(self.skipped, video_id, reason)
         return element
-
-
-def to_device(batch: Mapping[str, np.ndarray], sharding: jax.sharding.Sharding) -> Batch:
-    """Return this process's rows as its part of a global batch; returns before the copy is done."""
-    return Batch(**{name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()})
 
 
 class Prefetch:
