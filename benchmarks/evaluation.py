@@ -1,4 +1,4 @@
-"""Seconds to suppress and to evaluate, on one core; `python benchmarks/evaluation.py [--out results.csv]`.
+"""Seconds to suppress and to evaluate, on one core; `python -m benchmarks.evaluation [--out FILE.csv]`.
 
 Evaluation is at the size of ActivityNet's validation set: 4,728 videos with 100 detections each, 200 classes, ten
 thresholds, from files on disk. Everything is made from a seed. Rows of the CSV: date, machine, versions, benchmark,
@@ -6,11 +6,8 @@ setting, value, unit.
 """
 
 import argparse
-import csv
-import datetime
 import json
 import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -18,12 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.rows import Row, append_rows
 from re2tal_jax.evaluation import detection_map
 from re2tal_jax.nms import NMSConfig, batched_nms
 
 VIDEOS, DETECTIONS, CLASSES = 4728, 100, 200
-COLUMNS = ("date", "machine", "versions", "benchmark", "setting", "value", "unit")
-Result = tuple[str, str, float, str]
 
 
 def best_of(repeats: int, run: Callable[[], object]) -> float:
@@ -61,7 +57,7 @@ def write_files(folder: Path, rng: np.random.Generator) -> tuple[Path, Path]:
     return paths
 
 
-def evaluation(rng: np.random.Generator) -> Iterator[Result]:
+def evaluation(rng: np.random.Generator) -> Iterator[Row]:
     """Time `detection_map` from files and from parsed content."""
     thresholds = np.linspace(0.5, 0.95, 10).tolist()
     setting = f"{VIDEOS} videos x {DETECTIONS} detections, {CLASSES} classes, 10 tIoU"
@@ -73,7 +69,7 @@ def evaluation(rng: np.random.Generator) -> Iterator[Result]:
             yield "detection_map", f"{setting}, {what}", seconds, "s"
 
 
-def suppression(rng: np.random.Generator) -> Iterator[Result]:
+def suppression(rng: np.random.Generator) -> Iterator[Row]:
     """Time `batched_nms` as the ActivityNet and the THUMOS recipe call it."""
     anet = NMSConfig(sigma=0.7, multiclass=False, voting_threshold=0.9)
     thumos = NMSConfig(sigma=0.7, max_seg_num=2000)
@@ -103,14 +99,7 @@ def main() -> None:
     for benchmark, setting, value, unit in results:
         print(f"{benchmark:15s} {setting:75s} {value:8.2f} {unit}")
     if options.out is not None:
-        date = datetime.datetime.now(datetime.UTC).date().isoformat()
-        machine = f"{platform.machine()}, 1 of {os.cpu_count()} cores"
-        versions = f"python {platform.python_version()}, numpy {np.__version__}"
-        new = not options.out.exists()
-        with open(options.out, "a", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerows([COLUMNS] if new else [])
-            writer.writerows((date, machine, versions, b, s, f"{v:.4g}", u) for b, s, v, u in results)
+        append_rows(options.out, results, packages=("numpy",), cores=1)
 
 
 if __name__ == "__main__":
