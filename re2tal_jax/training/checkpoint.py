@@ -69,7 +69,7 @@ def prepare_workdir(workdir: Path) -> Path:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         probe.write_text("")
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another host's process may have the same number
     except OSError as error:
         raise ConfigError(
             f"workdir {workdir} cannot be written ({error.strerror}): choose another with --workdir."
