@@ -91,7 +91,7 @@ class Settings:
 
     num_snippets, frames_per_snippet: T and how many frames a snippet has, in training and evaluation.
     num_classes: of the localizer; 1 is class-agnostic and needs an external classifier.
-    compute_dtype: of backbone, localizer and pixels; parameters, states and losses are float32 always.
+    compute_dtype: of backbone and localizer (pixels: `augment.dtype`); parameters, states, losses are float32 always.
     data: `name` of a data set and its options, without subset.
     backbone, localizer: `name` and options; `backbone.checkpoint` is a directory whose backbone to start from, or None.
     parameter_groups: arguments of `training.optim.recipe_rules`.
