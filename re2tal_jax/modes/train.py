@@ -73,8 +73,11 @@ def train(settings: Settings, config: Mapping[str, Any], workdir: Path) -> Train
                 "evaluation data": describe_data(evaluator.dataset, evaluator.loader),
             },
         ).run()
+        best = checkpoints.best_step
     if tables:
         log.info("%s\nwritten: %s, %s, %s", tables[-1], checkpoints.directory, workdir / PREDICTIONS, workdir / REPORT)
+        if best not in (None, result.step):
+            log.info("step %d was better: it is kept, and --mode eval takes it.", best)
     elif not result.interrupted:
         log.info(
             "this run was finished before, at step %d: average mAP %.4f. Evaluate it again with --mode eval, or train "

@@ -242,7 +242,13 @@ def _open(directory: Path, config: CheckpointConfig, *, write: bool) -> ocp.Chec
     )
     handlers = {name: ocp.StandardCheckpointHandler() for name in ARRAYS}
     handlers |= {name: ocp.JsonCheckpointHandler() for name in JSON}
-    return ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
+    try:
+        return ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
+    except ValueError as error:  # the metrics of all checkpoints are read here
+        raise CheckpointError(
+            f"{directory}: the metrics of a checkpoint cannot be read: {error}. Delete the folder "
+            "<step> whose file metrics/metrics is damaged to go on from another."
+        ) from error
 
 
 @contextmanager
@@ -279,7 +285,8 @@ def _telling_damage(manager: ocp.CheckpointManager, step: int) -> Iterator[None]
         sys.unraisablehook = hook
         raise
     except (ValueError, KeyError, OSError) as error:
-        reason = str(error).split(" [tensorstore_spec")[0]
+        text = error.args[0] if isinstance(error, KeyError) else error  # str() of that one is quoted
+        reason = str(text).split(" [tensorstore_spec")[0]
         raise CheckpointError(
             f"{manager.directory}/{step} cannot be read: {reason}\n"
             "If it is damaged, delete that folder to go on from an earlier checkpoint."
@@ -314,6 +321,8 @@ def _check_alike(manager: ocp.CheckpointManager, step: int, wanted: Mapping[str,
     metadata = manager.item_metadata(step)
     for item, tree in wanted.items():
         saved = metadata[item].tree if metadata[item] is not None else {}
+        if not saved:
+            raise KeyError(f"{item} is empty or has lost its file _METADATA.")
         for path in (p for p in tree if p not in saved):
             problems.append(f"{item} lacks {path} {tree[path].shape}. {did_you_mean(path, saved)}")
         for path in (p for p in saved if p not in tree):
