@@ -125,6 +125,19 @@ def bind(
     return arguments
 
 
+def resolve(
+    factory: Callable[..., Any], section: Mapping[str, Any], *, path: str, given: Collection[str] = ()
+) -> dict[str, Any]:
+    """Return a section with every default of the factory filled in; errors as `bind`."""
+    arguments = bind(factory, section, path=path, given=given)
+    parameters, _ = _signature(factory)
+    return {
+        name: arguments.get(name, parameter.default)
+        for name, parameter in parameters.items()
+        if name not in given and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    }
+
+
 def _signature(factory: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter], dict[str, Any]]:
     """Return parameters and type hints of a function, class, or functools.partial of one."""
     bound: dict[str, Any] = {}

@@ -1,7 +1,7 @@
 """A config made into what runs: data, detector, steps, evaluation. `main.py` chooses which of it."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from re2tal_jax.backbones import BACKBONES
-from re2tal_jax.config import bind, build
+from re2tal_jax.config import bind, build, resolve
 from re2tal_jax.data import DATASETS
 from re2tal_jax.data.augment import LabelSwap, augment, mirror
 from re2tal_jax.data.dataset import Dataset
@@ -32,6 +32,33 @@ from re2tal_jax.types import Batch
 
 _BACKBONE = "backbone."
 _ANY_EPOCH = 2**20  # steps; stands in until the data are known
+
+
+def resolved_config(settings: Settings) -> dict[str, Any]:
+    """Return the whole config with every default filled in: what a run is saved with and `inspect` shows.
+
+    It reads back as the same settings.
+    """
+    config = asdict(settings)
+    backbone = {key: value for key, value in settings.backbone.items() if key not in ("name", "checkpoint")}
+    for name, factory, options, given in (
+        ("data", DATASETS[settings.data["name"]], _without_name(settings.data), ("subset", "training")),
+        ("backbone", BACKBONES[settings.backbone["name"]], backbone, ("dtype", "rngs")),
+        (
+            "localizer",
+            LOCALIZERS[settings.localizer["name"]],
+            _without_name(settings.localizer),
+            ("in_channels", "num_classes", "dtype", "rngs"),
+        ),
+    ):
+        config[name] = {**config[name], **resolve(factory, options, path=f"config.{name}", given=given)}
+    for split in ("train", "eval"):
+        policy = config[split]["policy"]
+        given = ("num_snippets", "frames_per_snippet")
+        options = resolve(POLICIES[policy["name"]], _without_name(policy), path=f"config.{split}.policy", given=given)
+        config[split]["policy"] = {**policy, **options}
+    config["parameter_groups"] = resolve(recipe_rules, settings.parameter_groups, path="config.parameter_groups")
+    return config
 
 
 def make_detector(settings: Settings, *, rewired: bool | None = None) -> Callable[[], Detector]:

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from re2tal_jax.config import override, read_config_file
 from re2tal_jax.errors import ConfigError, Re2TalError, did_you_mean
+from re2tal_jax.experiment import resolved_config
 from re2tal_jax.modes import MODES
 from re2tal_jax.settings import read_settings
 
@@ -94,7 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
         command = read_command(sys.argv[1:] if arguments is None else arguments)
-        MODES[command.mode](read_settings(command.config), command.config, command.workdir)
+        settings = read_settings(command.config)
+        MODES[command.mode](settings, resolved_config(settings), command.workdir)
     except Re2TalError as error:
         print(f"\n{type(error).__name__}: {error}", file=sys.stderr)  # noqa: T201
         return 1

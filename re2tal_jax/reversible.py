@@ -20,6 +20,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from re2tal_jax.errors import ConfigError
 from re2tal_jax.runs import find_runs, stack_run
 
 GRID = 2.0**14  # steps per unit; sums of such float32 numbers are exact while |state| < 2**(24 - 14) = 1024
@@ -78,10 +79,12 @@ class Wiring:
         randomness off. The float leaves of the pytree `aux` are differentiated.
 
         Raises:
-            ValueError: a reversible chain with beta = 0, which has no inverse.
+            ConfigError: a reversible chain whose beta is not positive.
         """
-        if self.reversible and isinstance(self.beta, int | float) and self.beta == 0:
-            raise ValueError("beta = 0 has no inverse; allowed: beta > 0, or reversible=False (the wiring PLAIN).")
+        if self.reversible and isinstance(self.beta, int | float) and not self.beta > 0:
+            raise ConfigError(
+                f"beta = {self.beta} has no inverse here; allowed: beta > 0, or reversible=False (the wiring PLAIN)."
+            )
         repeats, runs, x = make_runs(branches, x, key, aux)
         alpha, beta = jnp.asarray(self.alpha, x.dtype), jnp.asarray(self.beta, x.dtype)
         last, before = (_reversible_chain if self.reversible else _chain)(repeats, runs, x, alpha, beta, aux)

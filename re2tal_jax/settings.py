@@ -1,4 +1,4 @@
-"""What a config file may say: every key, its type and what it sets. No key has a default here; the file shows all."""
+"""What a config file may say: every key, its type and what it sets. What a file leaves out, `inspect` shows."""
 
 import math
 from collections.abc import Mapping

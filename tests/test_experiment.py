@@ -1,6 +1,8 @@
 """Configs made into what runs: the recipes, combinations that cannot run, and drop path through the whole detector."""
 
 import functools
+import importlib
+import json
 from pathlib import Path
 
 import jax
@@ -10,7 +12,7 @@ import pytest
 from flax import nnx
 
 from re2tal_jax.errors import ConfigError
-from re2tal_jax.experiment import check_shapes, draw_blueprint, make_detector, make_preprocess
+from re2tal_jax.experiment import check_shapes, draw_blueprint, make_detector, make_preprocess, resolved_config
 from re2tal_jax.main import read_command
 from re2tal_jax.reversible import REWIRED, Wiring, rewire
 from re2tal_jax.settings import read_settings
@@ -166,3 +168,15 @@ def test_mirroring_moves_labels_in_training_and_nothing_in_evaluation(batch):
     mirrored, turned = preprocess(batch, jax.random.key(0))
     np.testing.assert_allclose(mirrored, straight[:, :, :, ::-1], atol=1e-3)
     np.testing.assert_array_equal(turned.gt_labels, 1 - batch.gt_labels)
+
+
+@pytest.mark.parametrize("name", ["anet", "thumos", "demo"])
+def test_resolved_config_shows_every_default_and_reads_back_as_itself(name):
+    settings = read_settings(importlib.import_module(f"configs.{name}").get_config().to_dict())
+    resolved = resolved_config(settings)
+    assert resolved["localizer"]["prior_prob"] == 0.01
+    assert resolved["backbone"]["mlp_ratio"] == 4.0
+    assert resolved["optimizer"]["eps"] == 1e-8
+    assert resolved["train"]["loader"]["threads"] == 2
+    again = read_settings(json.loads(json.dumps(resolved)))
+    assert resolved_config(again) == resolved

@@ -11,7 +11,7 @@ import pytest
 
 from re2tal_jax.activitynet_format import read_activitynet
 from re2tal_jax.evaluation import detection_map
-from re2tal_jax.experiment import draw_blueprint
+from re2tal_jax.experiment import draw_blueprint, resolved_config
 from re2tal_jax.main import read_command
 from re2tal_jax.settings import read_settings
 from re2tal_jax.training.checkpoint import CheckpointConfig, Checkpoints
@@ -38,7 +38,8 @@ def restore(workdir, data, step):
 
 def test_one_command_trains_evaluates_and_leaves_everything(run_folder, finished, tiny_data):
     workdir = run_folder / "run"
-    assert json.loads((workdir / "config.json").read_text()) == json.loads(json.dumps(tiny_config(tiny_data)))
+    resolved = resolved_config(read_settings(tiny_config(tiny_data)))
+    assert json.loads((workdir / "config.json").read_text()) == json.loads(json.dumps(resolved))
     lines = read_jsonl(workdir / "metrics.jsonl")
     assert [line["step"] for line in lines if "loss/total" in line] == list(range(1, 21))
     assert [line["step"] for line in lines if "eval/average_mAP" in line] == [10, 20]

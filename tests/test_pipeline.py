@@ -1,5 +1,6 @@
 import json
 import logging
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -304,3 +305,15 @@ def test_prefetch_ends_with_the_evaluation_and_passes_errors_on(folder, damaged)
         assert [b["window"].tolist() for b in batches] == [[0, 1], [2, 3], [4, 5], [6, -1]]
     with Prefetch(loader(damaged, train=False), dict) as batches, pytest.raises(DataError, match="video 2"):
         list(batches)
+
+
+def test_another_order_of_as_many_windows_is_not_resumed(folder):
+    """A data set, or a policy, that has as many windows is still another one."""
+    data = dataset(folder)
+    state = loader(data).get_state()
+    backwards = replace(data, records=data.records[::-1])
+    with pytest.raises(CheckpointError, match="has checksum = "):
+        loader(backwards).set_state(state)
+    with pytest.raises(CheckpointError, match="has checksum = "):
+        loader(data, replace(WHOLE, frames_per_snippet=WHOLE.frames_per_snippet + 1)).set_state(state)
+    loader(data).set_state(state)

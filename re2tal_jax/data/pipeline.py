@@ -10,6 +10,7 @@ import os
 import queue
 import signal
 import threading
+import zlib
 from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any
 
@@ -126,19 +127,25 @@ class Loader:
         """Go to the place that `get_state` told; the next `iter` starts there.
 
         Raises:
-            CheckpointError: the state is that of another data set, seed or batch size.
+            CheckpointError: the state is that of another data set, sampling policy, seed or batch size.
         """
         for name, mine in self._identity().items():
             if state.get(name) != mine:
                 raise CheckpointError(
                     f"The order of the data to resume has {name} = {state.get(name)}, this run has {mine}: resume with "
-                    "the same data set, seed and batch size, or start a new run from the parameters."
+                    "the same data set, policy, seed and batch size, or start a new run from the parameters."
                 )
         self._batches = int(state["batches"])
 
     def _identity(self) -> dict[str, int]:
         loader = self._elements
-        return {"seed": loader.seed, "windows": len(self.windows), "batch_size": loader.batch_size}
+        names = "\n".join(f"{ref.record.video_id} {ref.index}" for ref in self.windows)
+        return {
+            "seed": loader.seed,
+            "windows": len(self.windows),
+            "batch_size": loader.batch_size,
+            "checksum": zlib.crc32(f"{loader.policy}\n{names}".encode()),  # of the same windows in the same order
+        }
 
     def _stream(self) -> grain.IterDataset:
         """Return this process's rows from the current place on."""

@@ -178,7 +178,7 @@ class Run:
         try:
             batch = next(batches)
         except Exception as error:
-            if self.step > 0:
+            if self.step > 0 and jax.process_count() == 1:  # saving needs all processes, the others are in the step
                 self._save()
             if isinstance(error, StopIteration):
                 raise DataError(f"the training data ended at step {self.step}; batches must be endless.") from None
