@@ -35,7 +35,7 @@ def get_config() -> ConfigDict:
                 subset="training",
                 batch_size=8,
                 policy=dict(name="resize"),
-                loader=dict(loader, height=256, width=256, crop="squeeze"),
+                loader=dict(loader, height=256, width=340, crop="squeeze"),  # short side as published, 16:9 narrowed
                 augment=dict(
                     height=224,
                     width=224,

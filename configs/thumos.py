@@ -33,7 +33,7 @@ def get_config() -> ConfigDict:
                 subset="Validation",  # THUMOS trains on its validation videos; the name is that of the annotation file
                 batch_size=2,
                 policy=dict(name="random_trunc", snippet_stride=4, min_overlap=0.75, crop_ratio=(0.9, 1.0)),
-                loader=dict(loader, height=256, width=256, crop="squeeze"),
+                loader=dict(loader, height=256, width=340, crop="squeeze"),  # short side as published, 16:9 narrowed
                 augment=dict(
                     height=224,
                     width=224,
