@@ -107,6 +107,17 @@ def test_ten_steps_then_kill_then_the_same_command_equal_twenty_steps(
     assert "warn" not in resumed.out.lower()
 
 
+def test_another_process_evaluates_the_run_on_other_devices(tmp_path, run_folder, finished, compiled):
+    workdir = shutil.copytree(run_folder / "run", tmp_path / "run")
+    arguments = command("--config", run_folder / "tiny.py", "--workdir", workdir, "--mode", "eval")
+    devices = ["--config.mesh.cpu_devices=2", "--config.mesh.data=2"]
+    done = run_process([*arguments, *devices], JAX_COMPILATION_CACHE_DIR=str(compiled))
+    assert (done.code, done.err) == (0, "")
+    best = max(line.get("eval/average_mAP", 0.0) for line in read_jsonl(workdir / "metrics.jsonl"))
+    found = float(re.search(r"mAP \(%\) .* ([\d.]+)\n", done.out)[1])
+    assert found == pytest.approx(100 * best, abs=1.0)  # other sums, other roundings of scores to 4 decimals
+
+
 def test_both_ways_to_write_an_override_are_read_and_typed(tmp_path, tiny_data):
     config = write_config(tmp_path / "tiny.py", tiny_config(tiny_data))
     read = read_command(

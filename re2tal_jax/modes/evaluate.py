@@ -114,8 +114,8 @@ def evaluate(settings: Settings, config: Mapping[str, Any], workdir: Path) -> No
     """
     del config
     initialise_distributed(settings.distributed)
-    step = best_or_latest(workdir)
     mesh = open_mesh(settings.mesh)
+    step = best_or_latest(workdir)
     blueprint = draw_blueprint(settings, mesh)
     params = load_params(workdir, step=step)
     check_parameters({path: (v.shape, v.dtype) for path, v in params.items()}, blueprint.model.parameters)
