@@ -51,26 +51,19 @@ def test_videos_that_cannot_be_read_stop_the_run_or_are_named_and_counted(tmp_pa
     assert json.loads((tmp_path / "run" / "predictions.json").read_text())["results"] == {}
 
 
-def test_missing_videos_stop_the_run_or_are_counted_in_the_header(tmp_path, tiny_data, config, run_main):
+def test_missing_videos_stop_the_run_and_are_named(tmp_path, tiny_data, config, run_main):
     data = Path(shutil.copytree(tiny_data, tmp_path / "data"))
-    for number in (3, 5, 17):
-        next((data / "videos").glob(f"*_{number}.mp4")).unlink()
-    config = with_videos(config, data, loop__stop__steps=1)
-    file = write_config(tmp_path / "config.py", config)
-    done = run_main("--config", file, "--workdir", tmp_path / "run")
+    for number in (3, 5):
+        (data / "videos" / f"training_{number}.mp4").unlink()
+    done = run_main("--config", write_config(tmp_path / "config.py", with_videos(config, data)), "--workdir", tmp_path)
     assert done.code == 1
-    assert re.search(
-        "^DataError: 2 of 16 videos have no file in .*: training_3, training_5.* to 'skip'", done.err.strip()
-    )
-    done = run_main("--config", file, "--workdir", tmp_path / "run", "--config.data.missing_videos=skip")
-    assert (done.code, done.err) == (0, "")
-    assert "training data: 14 videos, 14 segments" in done.out
-    assert "video_missing: 2 (such as training_3, training_5)" in done.out
-    assert "video_missing: 1 (such as validation_17)" in done.out
+    assert re.search("^\nDataError: 2 of 16 videos have no file in .*: training_3, training_5.* to 'skip'", done.err)
 
 
-def test_bad_segments_are_set_right_or_left_out_and_counted_in_the_header(tmp_path, tiny_data, config, run_main):
+def test_what_is_left_out_or_set_right_is_counted_in_the_header(tmp_path, tiny_data, config, run_main):
     data = Path(shutil.copytree(tiny_data, tmp_path / "data"))
+    for name in ("training_14", "training_15", "validation_17"):
+        (data / "videos" / f"{name}.mp4").unlink()
     content = json.loads((data / "annotations.json").read_text())
     annotations = [video["annotations"] for video in content["database"].values()]  # one each, in training_0, _1, …
     for number, left_out in enumerate([[1.5, 1.0], [0.7, 0.7], [5.0, 6.0], [-2.0, -1.0], [float("nan"), 1.0]]):
@@ -79,11 +72,11 @@ def test_bad_segments_are_set_right_or_left_out_and_counted_in_the_header(tmp_pa
     annotations[6][0]["segment"] = [2.0, 9.0]
     annotations[7].append(annotations[7][0])
     (data / "annotations.json").write_text(json.dumps(content))
-    file = write_config(tmp_path / "config.py", with_videos(config, data, loop__stop__steps=1))
-    done = run_main("--config", file, "--workdir", tmp_path / "run")
+    config = with_videos(config, data, loop__stop__steps=1, data__missing_videos="skip")
+    done = run_main("--config", write_config(tmp_path / "config.py", config), "--workdir", tmp_path / "run")
     assert (done.code, done.err) == (0, "")
-    header = done.out.partition("evaluation data")[0]
-    assert "training data: 16 videos, 16 segments" in header
+    training, _, evaluation = done.out.partition("evaluation data: ")
+    assert "training data: 14 videos, 14 segments" in training
     for finding in (
         "reversed: 1 (such as training_0)",
         "zero_length: 1 (such as training_1)",
@@ -92,8 +85,10 @@ def test_bad_segments_are_set_right_or_left_out_and_counted_in_the_header(tmp_pa
         "negative_start: 1 (such as training_5)",
         "past_end: 1 (such as training_6)",
         "duplicate: 1 (such as training_7)",
+        "video_missing: 2 (such as training_14, training_15)",
     ):
-        assert finding in header
+        assert finding in training
+    assert "video_missing: 1 (such as validation_17)" in evaluation
 
 
 ANNOTATION = "data__annotations"
