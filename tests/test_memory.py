@@ -14,7 +14,7 @@ TARGETS = ("cpu", "h100", "v5e")
 COMPILER_OPTIONS = {"xla_backend_optimization_level": 0}  # the code is never run; buffers are assigned before
 
 
-def temp_bytes(device: jax.Device, depth: int, *, rewired: bool) -> int:
+def temp_bytes(device: jax.Device, depth: int, *, rewired: bool, frames: int = 128) -> int:
     """Temporaries of the gradient of one stage, that of Swin-T's first with this depth, with drop path."""
     make = lambda: VideoSwin(  # noqa: E731
         patch_size=(2, 4, 4),
@@ -32,7 +32,7 @@ def temp_bytes(device: jax.Device, depth: int, *, rewired: bool) -> int:
         return jnp.mean(nnx.merge(graph, state)(video, key=key) ** 2)
 
     place = SingleDeviceSharding(device)
-    video = jax.ShapeDtypeStruct((1, 128, 224, 224, 3), jnp.float32)
+    video = jax.ShapeDtypeStruct((1, frames, 224, 224, 3), jnp.float32)
     key = jax.eval_shape(lambda: jax.random.key(0))
     arguments = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), (state, video, key))
     compiled = jax.jit(jax.grad(loss)).lower(*arguments).compile(COMPILER_OPTIONS)
