@@ -105,6 +105,7 @@ SLIDING = {"name": "sliding_window", "snippet_stride": 1, "overlap": 0.5}
         ({ANNOTATION: "{tmp}/list.json"}, "DataError: .* a JSON object is needed"),
         ({ANNOTATION: "{tmp}/bare.json"}, "DataError: .* video 'a': no \"duration\""),
         ({"data__classes": ("left",), "num_classes": 1}, "DataError: .*label 'right' is not in the given classes"),
+        ({"data__fps": -25.0}, "ConfigError: fps = -25.0 must be a positive number"),
         ({"data__videos": "{tmp}/nowhere"}, "DataError: .*Video folder .*nowhere does not exist"),
         ({"train__subset": "trainin"}, "DataError: .*no video in subset 'trainin'. Did you mean 'training'"),
         ({"eval__subset": "validatio"}, "DataError: .*no video in subset 'validatio'. Did you mean 'validation'"),

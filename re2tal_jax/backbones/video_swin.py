@@ -6,6 +6,7 @@ the published implementation (mmaction2 1.2.0 and OpenTAD's `re2tal_swin.py`), s
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -64,6 +65,8 @@ class VideoSwin(nnx.Module):
             ConfigError: sizes that make no network.
         """
         check_dtype(dtype)
+        if in_channels < 1:
+            raise ConfigError(f"in_channels = {in_channels}: allowed is 1 or more, 3 for RGB.")
         _check(patch_size, embed_dim, depths, num_heads, window_size, mlp_ratio, drop_path_rate)
         self.depths, self.drop_path_rate, self.in_channels = tuple(depths), drop_path_rate, in_channels
         self.out_channels = embed_dim * 2 ** (len(depths) - 1)
@@ -272,8 +275,8 @@ def _check(
                 f"Stage {stage} has {dim} channels (embed_dim = {embed_dim}) and num_heads = {heads}: "
                 "the heads must divide the channels."
             )
-    if int(embed_dim * mlp_ratio) < 1:
-        raise ConfigError(f"mlp_ratio = {mlp_ratio} leaves no hidden channel of embed_dim = {embed_dim}: raise it.")
+    if not 0 < mlp_ratio < math.inf or int(embed_dim * mlp_ratio) < 1:
+        raise ConfigError(f"mlp_ratio = {mlp_ratio} makes no hidden channels of embed_dim = {embed_dim}.")
     if not 0 <= drop_path_rate < 1:
         raise ConfigError(f"drop_path_rate = {drop_path_rate}: allowed is 0 <= rate < 1.")
 

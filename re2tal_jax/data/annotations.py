@@ -30,7 +30,7 @@ import numpy as np
 
 from re2tal_jax.data.classes import infer_classes, read_classes
 from re2tal_jax.data.findings import Findings
-from re2tal_jax.errors import DataError, did_you_mean
+from re2tal_jax.errors import ConfigError, DataError, did_you_mean
 from re2tal_jax.types import VideoRecord
 
 
@@ -79,8 +79,11 @@ def read_annotations(
         clip: move starts and ends into the video; False keeps them as published THUMOS-14 code does.
 
     Raises:
+        ConfigError: `fps` is no rate.
         DataError: the file, the table or the class list is missing or not of its form; the text names what and where.
     """
+    if fps is not None and not 0 < fps < math.inf:
+        raise ConfigError(f"fps = {fps} must be a positive number, or None for what the file says.")
     path, ignored = Path(path), frozenset(ignored_labels)
     content = _load(path)
     if not isinstance(content, dict):

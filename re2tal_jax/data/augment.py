@@ -67,7 +67,7 @@ class AugmentConfig:
         for name in ("crop", "flip", "rotation_probability", "brightness", "contrast", "saturation"):
             _check(name, getattr(self, name), 0, 1)
         _check("crop", self.crop, 0, 0.99)
-        _check("aspect", self.aspect, 1, None)
+        _check("aspect", self.aspect, 1, 100)
         _check("rotation_degrees", self.rotation_degrees, 0, 180)
         _check("hue", self.hue, 0, 0.5)
 

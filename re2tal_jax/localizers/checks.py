@@ -65,6 +65,8 @@ def check_architecture(
         raise ConfigError(f"kernel_size = {kernel_size}: expected an odd number, for example {kernel_size + 1}.")
     if scale_factor < 2 or scale_factor % 2:
         raise ConfigError(f"scale_factor = {scale_factor}: expected an even number, for example 2.")
+    if head_channels is not None and head_channels < 1:
+        raise ConfigError(f"head_channels = {head_channels}: expected a positive number, or None for channels.")
     if head_convs < 0 or (head_convs == 0 and head_channels not in (None, channels)):
         raise ConfigError(
             f"head_convs = {head_convs} with head_channels = {head_channels}: expected at least one convolution to"
@@ -106,7 +108,7 @@ def check_rates(**rates: float) -> None:
 
 
 def check_positive(**values: float) -> None:
-    """Refuse numbers that are not above zero."""
+    """Refuse numbers that are not above zero, or infinite."""
     for name, value in values.items():
-        if not value > 0:
+        if not 0 < value < math.inf:
             raise ConfigError(f"{name} = {value}: expected a positive number.")

@@ -92,8 +92,9 @@ class Schedule:
     gamma: float = 0.1
 
     def __post_init__(self):
-        if not 0 <= self.min_lr < math.inf:
-            raise ConfigError(f"schedule: min_lr = {self.min_lr} must be >= 0 and finite.")
+        for name, value in (("min_lr", self.min_lr), ("gamma", self.gamma)):
+            if not 0 <= value < math.inf:
+                raise ConfigError(f"schedule: {name} = {value} must be >= 0 and finite.")
         if bool(self.milestones) != (self.decay == "multistep"):
             raise ConfigError(
                 f"decay = {self.decay!r} with {len(self.milestones)} milestones: multistep alone has them."
@@ -147,7 +148,9 @@ class OptimConfig:
         for name in ("b1", "b2", "ema_decay"):
             if not 0 <= dataclasses.asdict(self)[name] < 1:
                 raise ConfigError(f"{name} = {dataclasses.asdict(self)[name]} must be >= 0 and < 1.")
-        if self.clip_norm is not None and self.clip_norm <= 0:
+        if not 0 < self.eps < math.inf:
+            raise ConfigError(f"eps = {self.eps} must be > 0 and finite.")
+        if self.clip_norm is not None and not self.clip_norm > 0:
             raise ConfigError(f"clip_norm = {self.clip_norm} must be > 0, or None for no clipping.")
         if self.accumulate < 1:
             raise ConfigError(f"accumulate = {self.accumulate} must be >= 1.")
