@@ -1,31 +1,248 @@
-"""Name rules: which parameter of ours a PyTorch key becomes, and how its layout changes.
+"""Name rules: which parameter of ours a PyTorch key becomes, how its layout changes, and the way back.
 
-A rule is (pattern of the whole key, path template); the rules of a network stand beside it as `TORCH_NAMES`. A template
-takes the pattern's groups (`\\1`) and may end in `{leaf}`, our name for the key's `weight` or `bias`:
+A `Rule` names the same module on both sides; `{i}` stands for a number, `{n+}` for one from 1 on, and the kind says how
+the module's arrays are called and laid out:
 
-    weight (out, in) of a linear                   kernel (in, out)
-    weight (out, in, *window) of a convolution     kernel (*window, in, out)
-    weight (channels,) of a norm                   scale
-    bias                                           bias
+    linear, conv    weight (out, in, *window)                    kernel (*window, in, out)
+                    bias                                         bias
+    norm            weight, bias                                 scale, bias
+    batch_norm      weight, bias, running_mean, running_var      scale, bias, mean, var
+    array           the key itself, as it is
+    channels        the key itself, (1, C, 1)                    (C,)
 
-Other templates name a parameter that keeps its layout. Where ours has fewer axes (a patch embedding as a linear map, a
-scale without axes of length 1), leading axes are joined or axes of length 1 dropped.
+Rules are data that are read in both directions. Where PyTorch keeps three arrays and we one, `ours` ends in `[0/3]`:
+the first third of the last axis.
 """
 
 import difflib
+import functools
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from checkpoints_convert.report import Report
 from re2tal_jax.errors import CheckpointError
 
-Rules = Sequence[tuple[str, str]]
 Shape = tuple[int, ...]
 M = TypeVar("M", bound=nnx.Module)
+
+
+class Layout(NamedTuple):
+    """How an array of PyTorch becomes ours, and back; both work on views."""
+
+    to_ours: Callable[[np.ndarray], np.ndarray]
+    to_torch: Callable[[np.ndarray], np.ndarray]
+
+
+SAME = Layout(lambda value: value, lambda value: value)
+KERNEL = Layout(
+    lambda value: np.moveaxis(value, (0, 1), (-1, -2)) if value.ndim >= 2 else value,
+    lambda value: np.moveaxis(value, (-1, -2), (0, 1)),
+)
+CHANNELS = Layout(
+    lambda value: value[0, :, 0] if value.ndim == 3 and value.shape[::2] == (1, 1) else value,
+    lambda value: value[None, :, None],
+)
+
+# kind -> (PyTorch's leaf, ours, layout) of each array of such a module
+KINDS: Mapping[str, tuple[tuple[str, str, Layout], ...]] = {
+    "linear": ((".weight", ".kernel", KERNEL), (".bias", ".bias", SAME)),
+    "conv": ((".weight", ".kernel", KERNEL), (".bias", ".bias", SAME)),
+    "norm": ((".weight", ".scale", SAME), (".bias", ".bias", SAME)),
+    "batch_norm": (
+        (".weight", ".scale", SAME),
+        (".bias", ".bias", SAME),
+        (".running_mean", ".mean", SAME),
+        (".running_var", ".var", SAME),
+    ),
+    "array": (("", "", SAME),),
+    "channels": (("", "", CHANNELS),),
+}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One module under its PyTorch name and ours.
+
+    Args:
+        torch: template of the name in PyTorch.
+        ours: template of our path, with the same holes, perhaps with a part such as `[0/3]` at its end.
+        kind: one of `KINDS`.
+        optional: for a module that our network can be built without: why it is not needed then.
+    """
+
+    torch: str
+    ours: str
+    kind: str = "array"
+    optional: str = ""
+
+    def prefixed(self, torch: str = "", ours: str = "") -> "Rule":
+        """Return the rule of the same module inside another."""
+        return replace(self, torch=torch + self.torch, ours=ours + self.ours)
+
+
+@dataclass(frozen=True)
+class Ignored:
+    """Keys that become no parameter: a regular expression of the whole key, and the reason."""
+
+    pattern: str
+    reason: str
+
+
+class Target(NamedTuple):
+    """Where an array of PyTorch goes: all of `path`, or the part numbered part[0] of part[1] of its last axis."""
+
+    path: str
+    part: tuple[int, int]
+    layout: Layout
+    optional: str = ""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The rules of one dialect, and what it ignores; read in both directions."""
+
+    rules: tuple[Rule, ...]
+    ignored: tuple[Ignored, ...] = ()
+
+    def targets_of(self, key: str) -> list[Target]:
+        """Return where a key goes, by every rule that knows it."""
+        found = []
+        for rule in self.rules:
+            for theirs, ours, layout in KINDS[rule.kind]:
+                match = _pattern(rule.torch + theirs).fullmatch(key)
+                if match is not None:
+                    module, part = _split_part(rule.ours)
+                    found.append(Target(_expand(module + ours, match), part, layout, rule.optional))
+        return found
+
+    def keys_of(self, path: str) -> list[tuple[str, tuple[int, int], Layout]]:
+        """Return the PyTorch keys that make up a parameter of ours, in the order of their parts."""
+        found: dict[int, tuple[str, tuple[int, int], Layout]] = {}
+        for rule in self.rules:
+            module, part = _split_part(rule.ours)
+            for theirs, ours, layout in KINDS[rule.kind]:
+                match = _pattern(module + ours).fullmatch(path)
+                if match is not None and part[0] not in found:  # an earlier rule is the canonical name
+                    found[part[0]] = (_expand(rule.torch + theirs, match), part, layout)
+        return [found[index] for index in sorted(found)]
+
+    def reason_to_ignore(self, key: str) -> str | None:
+        """Return why a key becomes no parameter, or None."""
+        return next((rule.reason for rule in self.ignored if re.fullmatch(rule.pattern, key)), None)
+
+
+@dataclass
+class Plan:
+    """What becomes of every key of a state dict, decided from names and shapes alone."""
+
+    report: Report
+    targets: dict[str, Target] = field(default_factory=dict)
+
+    def convert(self, read: Callable[[str], np.ndarray]) -> dict[str, np.ndarray]:
+        """Return our parameters by path, in float32; `read` gives the array of a key."""
+        parts: dict[str, dict[int, np.ndarray]] = {}
+        for key, target in self.targets.items():
+            value = np.asarray(target.layout.to_ours(read(key)), np.float32)
+            parts.setdefault(target.path, {})[target.part[0]] = value
+        return {path: _join([found[i] for i in sorted(found)]) for path, found in sorted(parts.items())}
+
+
+def plan(shapes: Mapping[str, Shape], rules: Rules, targets: Mapping[str, Shape]) -> Plan:
+    """Match every key with a parameter.
+
+    Args:
+        shapes: PyTorch's shape of every key.
+        rules: those of the file's dialect.
+        targets: shape of every parameter to fill, by path.
+    """
+    result = Plan(Report())
+    report, filled = result.report, {}
+    for key, shape in shapes.items():
+        found = rules.targets_of(key)
+        present = [target for target in found if target.path in targets]
+        if len(present) == 1:
+            _assign(result, filled, key, shape, present[0], targets)
+        elif len(present) > 1:
+            report.unmapped[key] = f"{len(present)} rules match: {', '.join(t.path for t in present)}"
+        elif (reason := rules.reason_to_ignore(key)) is not None:
+            report.ignored[key] = reason
+        elif found and all(target.optional for target in found):
+            report.ignored[key] = found[0].optional
+        else:
+            wanted = found[0].path if found else key
+            close = difflib.get_close_matches(wanted, targets, n=1, cutoff=0.0)
+            why = f"the network has no parameter {wanted}" if found else "no rule matches"
+            report.unmapped[key] = why + (f"; nearest: {close[0]}" if close else "")
+    for path, shape in targets.items():
+        parts = filled.get(path, {})
+        wanted = next(iter(parts.values()))[1] if parts else 1
+        if len(parts) < wanted or not parts:
+            report.unfilled[path] = tuple(shape)
+    return result
+
+
+def _assign(
+    result: Plan, filled: dict[str, Any], key: str, shape: Shape, target: Target, targets: Mapping[str, Shape]
+) -> None:
+    """Enter that a key fills its target, or what stands against it."""
+    index, count = target.part
+    parts = filled.setdefault(target.path, {})
+    if index in parts:
+        result.report.unmapped[key] = f"{target.path} is filled by {parts[index][0]} already"
+        return
+    parts[index] = (key, count)
+    wanted = tuple(targets[target.path])
+    wanted = (*wanted[:-1], wanted[-1] // count) if count > 1 else wanted
+    ours = target.layout.to_ours(np.broadcast_to(np.float32(0), shape)).shape
+    if ours != wanted:
+        needed = target.layout.to_torch(np.broadcast_to(np.float32(0), wanted)).shape
+        result.report.wrong_shape[key] = (tuple(shape), tuple(needed), target.path)
+        return
+    result.targets[key] = target
+    result.report.mapped[key] = target.path if count == 1 else f"{target.path}[{index}/{count}]"
+
+
+def convert_state_dict(
+    state_dict: Mapping[str, np.ndarray], rules: Rules, targets: Mapping[str, Shape]
+) -> dict[str, np.ndarray]:
+    """Return our parameters by path from a whole state dict.
+
+    Raises:
+        CheckpointError: with the report, unless every key is mapped or ignored and every target filled.
+    """
+    found = plan({key: tuple(value.shape) for key, value in state_dict.items()}, rules, targets)
+    if not found.report.complete:
+        raise CheckpointError(str(found.report))
+    return found.convert(lambda key: state_dict[key])
+
+
+def to_state_dict(params: Mapping[str, Any], rules: Rules) -> dict[str, np.ndarray]:
+    """Return parameters (or gradients, or what else is laid out so) under PyTorch's keys, in its layouts.
+
+    Raises:
+        CheckpointError: a parameter that the dialect has no name for.
+    """
+    result: dict[str, np.ndarray] = {}
+    nameless = []
+    for path, value in params.items():
+        keys = rules.keys_of(path)
+        if not keys:
+            nameless.append(path)
+        for key, (index, count), layout in keys:
+            value = np.asarray(value)
+            piece = value if count == 1 else np.split(value, count, axis=-1)[index]
+            result[key] = layout.to_torch(piece)
+    if nameless:
+        raise CheckpointError(
+            f"The dialect has no name for {len(nameless)} parameters: {', '.join(sorted(nameless)[:5])}."
+        )
+    return result
 
 
 def flatten(state: Any) -> dict[str, Any]:
@@ -44,107 +261,35 @@ def fill(module: M, values: Mapping[str, np.ndarray]) -> M:
     return nnx.merge(graph, nnx.from_flat_state(leaves), rest)
 
 
-def map_state_dict(
-    state_dict: Mapping[str, np.ndarray], rules: Rules, targets: Mapping[str, Shape], *, ignored: Rules = ()
-) -> dict[str, np.ndarray]:
-    """Return our parameters by path, in our layouts, from a state dict in PyTorch's.
-
-    Args:
-        state_dict: arrays by PyTorch key, without prefixes that the rules do not know.
-        rules: (pattern, template) pairs; exactly one has to match a key.
-        targets: shape of every parameter to fill, by dot-separated path.
-        ignored: (pattern, reason) pairs of keys that become no parameter.
-
-    Raises:
-        CheckpointError: one message that lists every key no rule (or more than one) matches, every target that is not
-            filled or filled twice, and every shape that does not fit.
-    """
-    paths, problems = map_names({key: value.ndim for key, value in state_dict.items()}, rules, ignored=ignored)
-    result: dict[str, np.ndarray] = {}
-    for key, path in paths.items():
-        if path not in targets:
-            close = difflib.get_close_matches(path, targets, n=1, cutoff=0.0)
-            problems.append(f"{key}: no parameter {path} here" + (f"; nearest: {close[0]}" if close else ""))
-        elif path in result:
-            problems.append(f"{key}: {path} is filled by another key already")
-        else:
-            result[path] = value = to_ours(state_dict[key], path, targets[path])
-            if value.shape != tuple(targets[path]):
-                given = tuple(state_dict[key].shape)
-                problems.append(f"{key}: shape {given} does not fit {path} {tuple(targets[path])}")
-    problems += [f"{path} {tuple(targets[path])}: filled by no key" for path in sorted(set(targets) - set(result))]
-    if problems:
-        raise CheckpointError(f"{len(problems)} names or shapes do not match:\n  " + "\n  ".join(problems))
-    return result
+_HOLE = re.compile(r"\{(\w+)(\+?)\}")
 
 
-def unmap_gradients(
-    gradients: Mapping[str, np.ndarray], rules: Rules, sources: Mapping[str, Shape], *, ignored: Rules = ()
-) -> dict[str, np.ndarray]:
-    """Return arrays by path in our layouts (gradients, parameters) by PyTorch key in PyTorch's: the way back.
-
-    `sources` gives the PyTorch shape of every key of the state dict.
-
-    Raises:
-        CheckpointError: a key that no rule matches, or whose parameter has no array.
-    """
-    paths, problems = map_names({key: len(shape) for key, shape in sources.items()}, rules, ignored=ignored)
-    problems += [f"{key}: nothing for {path}" for key, path in paths.items() if path not in gradients]
-    if problems:
-        raise CheckpointError(f"{len(problems)} names do not match:\n  " + "\n  ".join(problems))
-    return {key: to_torch(gradients[path], path, sources[key]) for key, path in paths.items()}
+@functools.cache
+def _pattern(template: str) -> re.Pattern[str]:
+    """Return the regular expression of a template; a hole may stand in it more than once."""
+    return re.compile("".join(_pattern_parts(template)))
 
 
-def map_names(ranks: Mapping[str, int], rules: Rules, *, ignored: Rules = ()) -> tuple[dict[str, str], list[str]]:
-    """Return the path of every key that is not ignored, given the keys' numbers of axes, and what went wrong."""
-    paths: dict[str, str] = {}
-    problems: list[str] = []
-    for key, rank in ranks.items():
-        if any(re.fullmatch(pattern, key) for pattern, _ in ignored):
-            continue
-        matches = [(m, template) for pattern, template in rules if (m := re.fullmatch(pattern, key))]
-        if len(matches) != 1:
-            found = "no rule matches" if not matches else f"{len(matches)} rules match"
-            problems.append(f"{key}: {found}")
-            continue
-        match, template = matches[0]
-        paths[key] = match.expand(template).replace("{leaf}", _leaf(key, rank))
-    return paths, problems
+def _pattern_parts(template: str) -> Iterator[str]:
+    seen, end = set(), 0
+    for hole in _HOLE.finditer(template):
+        yield re.escape(template[end : hole.start()])
+        name, positive = hole.groups()
+        yield rf"(?P={name})" if name in seen else rf"(?P<{name}>{'[1-9][0-9]*' if positive else '[0-9]+'})"
+        seen.add(name)
+        end = hole.end()
+    yield re.escape(template[end:])
 
 
-def _leaf(key: str, rank: int) -> str:
-    """Return flax's name of a parameter that PyTorch calls `weight` or `bias`."""
-    if key.endswith("bias"):
-        return "bias"
-    return "scale" if rank == 1 else "kernel"
+def _expand(template: str, match: re.Match[str]) -> str:
+    return _HOLE.sub(lambda hole: match[hole[1]], template)
 
 
-def to_ours(value: np.ndarray, path: str, shape: Shape) -> np.ndarray:
-    """Return a PyTorch array in the layout of our parameter; of another shape than `shape` if it cannot fit."""
-    value = np.asarray(value)
-    if _is_kernel(path) and value.ndim >= 2:
-        value = np.moveaxis(value, (0, 1), (-1, -2))
-    return value.reshape(shape) if _joins(value.shape, tuple(shape)) else value
+def _split_part(ours: str) -> tuple[str, tuple[int, int]]:
+    """Return `("a", (0, 3))` for `a[0/3]`, and `("a", (0, 1))` for `a`."""
+    match = re.fullmatch(r"(.*)\[(\d+)/(\d+)\]", ours)
+    return (match[1], (int(match[2]), int(match[3]))) if match else (ours, (0, 1))
 
 
-def to_torch(value: np.ndarray, path: str, shape: Shape) -> np.ndarray:
-    """Return an array in the layout of our parameter in PyTorch's layout, of shape `shape`."""
-    value = np.asarray(value)
-    if _is_kernel(path) and len(shape) >= 2:
-        out, features, *window = shape
-        return np.moveaxis(value.reshape(*window, features, out), (-1, -2), (0, 1))
-    return value.reshape(shape)
-
-
-def _is_kernel(path: str) -> bool:
-    return path.rpartition(".")[2] == "kernel"
-
-
-def _joins(given: Shape, wanted: Shape) -> bool:
-    """Tell whether `given` becomes `wanted` by joining leading axes or by axes of length 1 alone."""
-    if np.prod(given) != np.prod(wanted):
-        return False
-    if [n for n in given if n != 1] == [n for n in wanted if n != 1]:
-        return True
-    kept = len(wanted) - 1
-    return 0 < kept < len(given) and given[-kept:] == wanted[1:]
+def _join(parts: Sequence[np.ndarray]) -> np.ndarray:
+    return np.ascontiguousarray(parts[0]) if len(parts) == 1 else np.concatenate(parts, axis=-1)

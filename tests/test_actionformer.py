@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from checkpoints_convert.rules import map_state_dict
+from checkpoints_convert.dialects.actionformer import OPENTAD
+from checkpoints_convert.rules import convert_state_dict
 from re2tal_jax.config import build
 from re2tal_jax.errors import ConfigError
-from re2tal_jax.localizers.actionformer import TORCH_IGNORED, TORCH_NAMES, ActionFormer
+from re2tal_jax.localizers.actionformer import ActionFormer
 from re2tal_jax.localizers.layers import MaskedConv
 from tests.parity.__main__ import replay
 
@@ -261,7 +262,7 @@ def test_full_size_checkpoint_fits_name_by_name(parity_dir):
         lambda: ActionFormer(768, 1, channels=256, use_abs_pos=True, max_seq_len=192, rngs=nnx.Rngs(0))
     )
     targets = {".".join(map(str, p)): leaf.shape for p, leaf in nnx.to_flat_state(nnx.state(module))}
-    values = map_state_dict(state_dict, TORCH_NAMES, targets, ignored=TORCH_IGNORED)
+    values = convert_state_dict(state_dict, OPENTAD.names, targets)
     assert sum(v.size for v in values.values()) == sum(
         v.size for key, v in state_dict.items() if key != "rpn_head.loss_normalizer"
     )

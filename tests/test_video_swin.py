@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from checkpoints_convert.rules import fill, flatten, map_state_dict
+from checkpoints_convert.dialects.video_swin import MMACTION2, RE2TAL
+from checkpoints_convert.rules import convert_state_dict, fill, flatten
 from re2tal_jax.backbones import build_backbone
 from re2tal_jax.backbones.layers import DropPath, LayerNorm, Mlp, gelu, pad_to_multiple
-from re2tal_jax.backbones.video_swin import TORCH_IGNORED, TORCH_NAMES, VARIANTS, VideoSwin, WindowAttention
+from re2tal_jax.backbones.video_swin import VARIANTS, VideoSwin, WindowAttention
 from re2tal_jax.backbones.windows import clamp_window, relative_position_index, shift_regions
 from re2tal_jax.errors import ConfigError, DataError
 from re2tal_jax.reversible import Wiring, rewire
@@ -80,14 +81,14 @@ def test_every_key_of_the_published_tiny_backbone_has_its_place(parity_dir):
     source = {key: np.broadcast_to(np.float32(0), shape) for key, (shape, _) in keys.items()}
     model = nnx.eval_shape(lambda: build_backbone("video_swin_tiny"))
     targets = {path: leaf.shape for path, leaf in flatten(model).items()}
-    assert set(map_state_dict(source, TORCH_NAMES, targets, ignored=TORCH_IGNORED)) == set(targets)
+    assert set(convert_state_dict(source, RE2TAL.names, targets)) == set(targets)
 
 
 def test_plain_and_rewired_checkpoints_have_the_same_places():
-    def place(key: str) -> set[str]:
-        return set(map_state_dict({key: np.zeros(3)}, TORCH_NAMES, {"stages.2.blocks.5.attn.norm.scale": (3,)}))
-
-    assert place("layers.2.blocks.5.norm1.weight") == place("layers.2.blocks.5.inv_block.Fm.norm1.weight")
+    (plain,) = MMACTION2.names.targets_of("layers.2.blocks.5.norm1.weight")
+    (rewired,) = RE2TAL.names.targets_of("layers.2.blocks.5.inv_block.Fm.norm1.weight")
+    assert plain == rewired
+    assert plain.path == "stages.2.blocks.5.attn.norm.scale"
 
 
 def test_sizes_that_make_no_network_are_refused():

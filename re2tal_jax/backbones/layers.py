@@ -1,4 +1,4 @@
-"""Parts that backbones share: layer norm in float32, the MLP branch, drop path, padding.
+"""Parts that backbones share: layer norm in float32, patches, the MLP branch, drop path, padding.
 
 A *branch* is a callable pytree `branch(x, *, key, aux)` that returns an array of x's shape (see `reversible.py`).
 """
@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
@@ -62,11 +63,30 @@ def pad_to_multiple(x: Float[Array, "B *size C"], multiple: Sequence[int]) -> Fl
     return jnp.pad(x, [(0, 0), *((0, end) for end in ends), (0, 0)])
 
 
+class PatchProjection(nnx.Module):
+    """Map each patch of a video to a token: a convolution whose stride is its kernel, as the matrix product it is."""
+
+    def __init__(self, patch_size: Sequence[int], in_channels: int, dim: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        time, height, width = map(int, patch_size)
+        self.patch_size, self.dtype = (time, height, width), jnp.dtype(dtype)
+        shape = (time * height * width * in_channels, dim)
+        kernel = jax.nn.initializers.lecun_normal()(rngs.params(), shape, jnp.float32)
+        self.kernel = nnx.Param(kernel.reshape(time, height, width, in_channels, dim))
+        self.bias = nnx.Param(jnp.zeros(dim, jnp.float32))
+
+    def __call__(self, video: Float[Array, "B F H W C"]) -> Float[Array, "B T h w D"]:
+        """Return one token a patch in the compute dtype; F, H and W are multiples of the patch."""
+        p, q, r = self.patch_size
+        x = rearrange(video.astype(self.dtype), "b (t p) (h q) (w r) c -> b t h w (p q r c)", p=p, q=q, r=r)
+        kernel = rearrange(self.kernel[...].astype(self.dtype), "p q r c d -> (p q r c) d")
+        return x @ kernel + self.bias[...].astype(self.dtype)
+
+
 class Mlp(nnx.Module):
     """The second branch of a transformer block: layer norm, linear, GELU, linear, applied to each token alone."""
 
-    def __init__(self, features: int, hidden: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.norm = LayerNorm(features, dtype=dtype, rngs=rngs)
+    def __init__(self, features: int, hidden: int, *, epsilon: float = 1e-5, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.norm = LayerNorm(features, epsilon=epsilon, dtype=dtype, rngs=rngs)
         self.fc1 = nnx.Linear(features, hidden, dtype=dtype, rngs=rngs)
         self.fc2 = nnx.Linear(hidden, features, dtype=dtype, rngs=rngs)
 

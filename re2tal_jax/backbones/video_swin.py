@@ -18,7 +18,15 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from re2tal_jax.backbones.layers import DropPath, LayerNorm, Mlp, at_least_float32, check_dtype, pad_to_multiple
+from re2tal_jax.backbones.layers import (
+    DropPath,
+    LayerNorm,
+    Mlp,
+    PatchProjection,
+    at_least_float32,
+    check_dtype,
+    pad_to_multiple,
+)
 from re2tal_jax.backbones.windows import (
     Size,
     as_size,
@@ -222,16 +230,12 @@ class PatchEmbed(nnx.Module):
     """Cut a video into patches (zeros fill the last ones) and map each to a token, normalised."""
 
     def __init__(self, patch_size: Size, in_channels: int, dim: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.patch_size = as_size(patch_size)
-        # a convolution whose stride is its kernel, as the matrix product it is: (p q r c) -> dim
-        self.proj = nnx.Linear(int(np.prod(patch_size)) * in_channels, dim, dtype=dtype, rngs=rngs)
+        self.proj = PatchProjection(patch_size, in_channels, dim, dtype=dtype, rngs=rngs)
         self.norm = LayerNorm(dim, dtype=at_least_float32(dtype), rngs=rngs)
 
     def __call__(self, video: Float[Array, "B F H W C"]) -> Float[Array, "B T h w D"]:
         """Return tokens in at least float32: they start the states of the first stage."""
-        p, q, r = self.patch_size
-        x = pad_to_multiple(video, self.patch_size)
-        return self.norm(self.proj(rearrange(x, "b (t p) (h q) (w r) c -> b t h w (p q r c)", p=p, q=q, r=r)))
+        return self.norm(self.proj(pad_to_multiple(video, self.proj.patch_size)))
 
 
 class PatchMerging(nnx.Module):
@@ -280,26 +284,6 @@ def _check(
     if not 0 <= drop_path_rate < 1:
         raise ConfigError(f"drop_path_rate = {drop_path_rate}: allowed is 0 <= rate < 1.")
 
-
-# Rules of checkpoints_convert: (pattern of a PyTorch key, our path). A rewired checkpoint calls a block's attention
-# branch `inv_block.Fm` and its MLP branch `inv_block.Gm`. The final norm is numbered by its stage.
-_BLOCK = r"layers\.(\d+)\.blocks\.(\d+)\."
-TORCH_NAMES: tuple[tuple[str, str], ...] = (
-    (r"patch_embed\.(proj|norm)\.(?:weight|bias)", r"patch_embed.\1.{leaf}"),
-    (_BLOCK + r"(?:inv_block\.Fm\.)?norm1\.(?:weight|bias)", r"stages.\1.blocks.\2.attn.norm.{leaf}"),
-    (_BLOCK + r"(?:inv_block\.Fm\.)?attn\.(qkv|proj)\.(?:weight|bias)", r"stages.\1.blocks.\2.attn.\3.{leaf}"),
-    (
-        _BLOCK + r"(?:inv_block\.Fm\.)?attn\.relative_position_bias_table",
-        r"stages.\1.blocks.\2.attn.relative_position_bias",
-    ),
-    (_BLOCK + r"(?:inv_block\.Gm\.)?norm2\.(?:weight|bias)", r"stages.\1.blocks.\2.mlp.norm.{leaf}"),
-    (_BLOCK + r"(?:inv_block\.Gm\.)?mlp\.(fc1|fc2)\.(?:weight|bias)", r"stages.\1.blocks.\2.mlp.\3.{leaf}"),
-    (r"layers\.(\d+)\.downsample\.(norm|reduction)\.(?:weight|bias)", r"stages.\1.downsample.\2.{leaf}"),
-    (r"norm\d*\.(?:weight|bias)", r"norm.{leaf}"),
-)
-TORCH_IGNORED: tuple[tuple[str, str], ...] = (
-    (r".*\.relative_position_index", "a constant of the window size, computed here"),
-)
 
 _swin = functools.partial(VideoSwin, depths=(2, 2, 18, 2))
 VARIANTS: dict[str, Callable[..., VideoSwin]] = {

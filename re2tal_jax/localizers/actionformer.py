@@ -276,21 +276,3 @@ def _segments(points: Float[Array, "P 4"], offsets: Float[Array, "B P 2"]) -> Fl
 
 
 VARIANTS = {"actionformer": ActionFormer}
-
-_BLOCK = r"projection\.(stem|branch)\.(\d+)\."
-TORCH_NAMES: tuple[tuple[str, str], ...] = (
-    (r"projection\.embed\.(\d+)\.(conv|norm)\.(?:weight|bias)", r"pyramid.embed.\1.\2.{leaf}"),
-    (_BLOCK + r"ln([12])\.(?:weight|bias)", r"pyramid.\1.\2.norm\3.{leaf}"),
-    (_BLOCK + r"attn\.((?:query|key|value)_conv)\.conv\.weight", r"pyramid.\1.\2.attn.\3.{leaf}"),
-    (_BLOCK + r"attn\.((?:query|key|value)(?:_norm)?|proj)\.(?:weight|bias)", r"pyramid.\1.\2.attn.\3.{leaf}"),
-    (_BLOCK + r"mlp\.0\.(?:weight|bias)", r"pyramid.\1.\2.mlp_in.{leaf}"),
-    (_BLOCK + r"mlp\.3\.(?:weight|bias)", r"pyramid.\1.\2.mlp_out.{leaf}"),
-    (_BLOCK + r"(drop_path_(?:attn|mlp))\.scale", r"pyramid.\1.\2.\3.scale"),
-    (r"neck\.fpn_norms\.(\d+)\.(?:weight|bias)", r"fpn_norms.\1.{leaf}"),
-    (r"rpn_head\.((?:cls|reg)_convs)\.(\d+)\.(conv|norm)\.(?:weight|bias)", r"head.\1.\2.\3.{leaf}"),
-    (r"rpn_head\.((?:cls|reg)_head)\.(?:weight|bias)", r"head.\1.{leaf}"),
-    (r"rpn_head\.scale\.(\d+)\.scale", r"head.scales.\1.scale"),
-)
-TORCH_IGNORED: tuple[tuple[str, str], ...] = (
-    (r"rpn_head\.loss_normalizer", "part of the training state, not a parameter; truncated to an integer there"),
-)

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from checkpoints_convert.rules import fill, flatten, map_state_dict, unmap_gradients
-from re2tal_jax.localizers.actionformer import TORCH_IGNORED, TORCH_NAMES, ActionFormer
+from checkpoints_convert.dialects.actionformer import OPENTAD
+from checkpoints_convert.rules import convert_state_dict, fill, flatten, to_state_dict
+from re2tal_jax.localizers.actionformer import ActionFormer
 from re2tal_jax.localizers.layers import sinusoid
 from tests.parity.replay import Row, compare
 
@@ -70,7 +71,7 @@ def replay(path: Path, content: dict[str, Any]) -> Iterator[Row]:
         batch, _, length = golden["in/x"].shape
         ours_x = np.asarray(gradient_x)[:batch, :length].transpose(0, 2, 1)
         yield compare(f"{prefix}gin/x", ours_x, golden["gin/x"], GRADIENT)
-        yield from compare_gradients(prefix, golden, torch_gradients(gradients, state_dict))
+        yield from compare_gradients(prefix, golden, torch_gradients(gradients))
 
 
 def shared_shapes(localizer: ActionFormer, cases: Mapping[str, Golden]) -> dict[str, tuple[int, int, int]]:
@@ -125,18 +126,17 @@ def reference_localizer(model_cfg: Mapping[str, Any], **changes: Any) -> ActionF
 def load_parameters(localizer: ActionFormer, state_dict: Golden) -> ActionFormer:
     """Return the localizer with the weights of a reference state dict, whose backbone keys are left aside."""
     targets = {path: value.shape for path, value in flatten(localizer).items()}
-    return fill(localizer, map_state_dict(localizer_keys(state_dict), TORCH_NAMES, targets, ignored=TORCH_IGNORED))
+    return fill(localizer, convert_state_dict(_localizer_keys(state_dict), OPENTAD.names, targets))
 
 
-def localizer_keys(state_dict: Golden) -> dict[str, np.ndarray]:
+def _localizer_keys(state_dict: Golden) -> dict[str, np.ndarray]:
     """Return what belongs to the localizer in a detector's state dict."""
     return {key: value for key, value in state_dict.items() if not key.startswith("backbone.")}
 
 
-def torch_gradients(gradients: nnx.State, state_dict: Golden) -> dict[str, np.ndarray]:
+def torch_gradients(gradients: nnx.State) -> dict[str, np.ndarray]:
     """Return a localizer's gradients under the reference's names and in its layouts."""
-    shapes = {key: value.shape for key, value in localizer_keys(state_dict).items()}
-    return unmap_gradients(jax.device_get(flatten(gradients)), TORCH_NAMES, shapes, ignored=TORCH_IGNORED)
+    return to_state_dict(jax.device_get(flatten(gradients)), OPENTAD.names)
 
 
 def padded_inputs(golden: Golden, batch: int, length: int, number: int) -> tuple[jax.Array, ...]:

@@ -9,23 +9,21 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from checkpoints_convert.rules import fill, flatten, map_state_dict, unmap_gradients
+from checkpoints_convert.dialects import detector_rules
+from checkpoints_convert.dialects.video_swin import MMACTION2, RE2TAL
+from checkpoints_convert.rules import Rules, convert_state_dict, fill, flatten, to_state_dict
 from re2tal_jax.backbones import video_swin
 from re2tal_jax.detector import Detector
-from re2tal_jax.localizers import actionformer
 from re2tal_jax.training.optim import assign_rules, recipe_rules
 from re2tal_jax.types import Batch
 from tests.parity.actionformer import (
     COMPILER_OPTIONS,
     compare_gradients,
-    load_parameters,
-    localizer_keys,
     reference_localizer,
 )
 from tests.parity.replay import Row, compare
 
 OUT, GRADIENT = 2e-5, 3e-4  # MANIFEST (n)
-BACKBONE = "backbone.model.backbone."
 
 
 def recognises(path: Path, content: Any) -> bool:
@@ -39,7 +37,11 @@ def replay(path: Path, content: dict[str, Any]) -> Iterator[Row]:
     """Compare features, losses, proposals, scores and every gradient, in training mode of the localizer's loss."""
     meta = content["meta"]
     state_dict = {key[3:]: value for key, value in content.items() if key.startswith("sd/")}
-    detector = _detector(meta, state_dict, num_snippets=content["in/mask"].shape[1])
+    rewired = meta["model_cfg"]["backbone"]["backbone"]["type"].endswith("_inv")
+    names = detector_rules(RE2TAL if rewired else MMACTION2)
+    detector = _detector(meta, rewired=rewired, num_snippets=content["in/mask"].shape[1])
+    targets = {path: leaf.shape for path, leaf in flatten(detector).items()}
+    detector = fill(detector, convert_state_dict(state_dict, names, targets))
     params = flatten(detector)
     rules = recipe_rules(localizer_lr=1e-3, backbone_lr=1e-5, weight_decay=0.05)
     frozen = {p for p, rule in assign_rules({p: v.shape for p, v in params.items()}, rules).items() if rule.frozen}
@@ -72,26 +74,18 @@ def replay(path: Path, content: dict[str, Any]) -> Iterator[Row]:
         yield compare(f"out/proposals{b}", proposals[b][real], content[f"out/proposals{b}"], OUT)
         yield compare(f"out/scores{b}", scores[b][real], content[f"out/scores{b}"], OUT)
     everything = {path: gradients.get(path, np.zeros_like(value)) for path, value in params.items()}
-    yield from compare_gradients("", content, _torch_gradients(everything, state_dict), GRADIENT)
-    yield _frozen_row(frozen, params, state_dict, set(meta["params_without_grad"]))
+    yield from compare_gradients("", content, to_state_dict(everything, names), GRADIENT)
+    yield _frozen_row(frozen, params, names, set(meta["params_without_grad"]))
 
 
-def _detector(meta: Mapping[str, Any], state_dict: dict[str, np.ndarray], *, num_snippets: int) -> Detector:
+def _detector(meta: Mapping[str, Any], *, rewired: bool, num_snippets: int) -> Detector:
     cfg = meta["model_cfg"]["backbone"]
     network, pixels = cfg["backbone"], cfg["data_preprocessor"]
     names = ("patch_size", "embed_dim", "depths", "num_heads", "window_size", "mlp_ratio", "qkv_bias")
     settings = {name: tuple(v) if isinstance(v := network[name], list) else v for name in names}
-    rewired = network["type"].endswith("_inv")
-    backbone = video_swin.VideoSwin(**settings, rewired=rewired, rngs=nnx.Rngs(0))
-    values = map_state_dict(
-        _backbone_keys(state_dict),
-        video_swin.TORCH_NAMES,
-        {path: value.shape for path, value in flatten(backbone).items()},
-        ignored=video_swin.TORCH_IGNORED,
-    )
     return Detector(
-        fill(backbone, values),
-        load_parameters(reference_localizer(meta["model_cfg"]), state_dict),
+        nnx.eval_shape(lambda: video_swin.VideoSwin(**settings, rewired=rewired, rngs=nnx.Rngs(0))),
+        reference_localizer(meta["model_cfg"]),
         num_snippets=num_snippets,
         num_classes=meta["model_cfg"]["rpn_head"]["num_classes"],
         pixel_mean=tuple(pixels["mean"]),
@@ -118,28 +112,8 @@ def _batch(content: Mapping[str, np.ndarray]) -> Batch:
     )
 
 
-def _backbone_keys(state_dict: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {key.removeprefix(BACKBONE): value for key, value in state_dict.items() if key.startswith(BACKBONE)}
-
-
-def _torch_gradients(gradients: Mapping[str, Any], state_dict: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return both parts' gradients under the reference's names and in its layouts."""
-    result = {}
-    for part, prefix, keys, network in (
-        ("backbone.", BACKBONE, _backbone_keys(state_dict), video_swin),
-        ("localizer.", "", localizer_keys(state_dict), actionformer),
-    ):
-        ours = {path.removeprefix(part): value for path, value in gradients.items() if path.startswith(part)}
-        shapes = {key: value.shape for key, value in keys.items()}
-        theirs = unmap_gradients(ours, network.TORCH_NAMES, shapes, ignored=network.TORCH_IGNORED)
-        result |= {prefix + key: value for key, value in theirs.items()}
-    return result
-
-
-def _frozen_row(
-    frozen: set[str], params: Mapping[str, Any], state_dict: dict[str, np.ndarray], wanted: set[str]
-) -> Row:
+def _frozen_row(frozen: set[str], params: Mapping[str, Any], names: Rules, wanted: set[str]) -> Row:
     """Tell whether the recipe freezes just the parameters that the reference leaves without a gradient."""
     marks = {path: np.full(np.shape(value), float(path in frozen)) for path, value in params.items()}
-    ours = {key for key, mark in _torch_gradients(marks, state_dict).items() if mark.all()}
+    ours = {key for key, mark in to_state_dict(marks, names).items() if mark.all()}
     return Row("params_without_grad", float(len(ours ^ wanted)), 0.0)

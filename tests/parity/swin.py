@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from checkpoints_convert.rules import fill, flatten, map_state_dict, unmap_gradients
+from checkpoints_convert.dialects.video_swin import MMACTION2, RE2TAL
+from checkpoints_convert.rules import convert_state_dict, fill, flatten, to_state_dict
 from re2tal_jax.backbones import video_swin
-from tests.parity.replay import Row, compare
+from tests.parity.replay import Row, compare, compare_gradients, compare_loss
 
 OUT, GRADIENT = 1e-5, 5e-5  # MANIFEST (a, b): max-norm relative
 
@@ -32,7 +33,7 @@ def replay(path: Path, content: dict[str, Any]) -> Iterator[Row]:
     """Compare every array of every case."""
     cfg, rewired = content["meta"]["cfg"], content["meta"]["kind"] == "inv"
     state_dict = {key[3:]: value for key, value in content.items() if key.startswith("sd/")}
-    sources = {key: value.shape for key, value in state_dict.items() if value.dtype.kind == "f"}
+    names = (RE2TAL if rewired else MMACTION2).names
     graph, state = nnx.split(load_backbone(cfg, state_dict, rewired=rewired))
 
     # tiny shapes, run once: what the compiler saves by not optimising is half of the time
@@ -51,9 +52,10 @@ def replay(path: Path, content: dict[str, Any]) -> Iterator[Row]:
         (loss, (features, named)), (gradients, gradient_x) = run(state, video, projection)
         yield compare(f"{case}/out/y", _nct(features), golden["out/y"], OUT)
         yield from _stages(case, golden, named, rewired=rewired)
-        yield _loss(f"{case}/loss", float(loss), golden)
+        terms = golden["out/y"] * golden["proj"]
+        yield compare_loss(f"{case}/loss", float(loss), float(golden["loss"]), terms, OUT)
         yield compare(f"{case}/gin/x", _nct(gradient_x), golden["gin/x"], GRADIENT)
-        ours = unmap_gradients(flatten(gradients), video_swin.TORCH_NAMES, sources)
+        ours = to_state_dict(flatten(gradients), names)
         yield from compare_gradients(case, golden, ours, GRADIENT)
 
 
@@ -63,8 +65,7 @@ def load_backbone(cfg: dict[str, Any], state_dict: dict[str, np.ndarray], *, rew
     arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in cfg.items() if k in known}
     backbone = nnx.eval_shape(lambda: video_swin.VideoSwin(**arguments, rewired=rewired, rngs=nnx.Rngs(0)))
     targets = {path: leaf.shape for path, leaf in flatten(backbone).items()}
-    values = map_state_dict(state_dict, video_swin.TORCH_NAMES, targets, ignored=video_swin.TORCH_IGNORED)
-    return fill(backbone, values)
+    return fill(backbone, convert_state_dict(state_dict, (RE2TAL if rewired else MMACTION2).names, targets))
 
 
 def _nct(x: jax.Array) -> np.ndarray:
@@ -81,27 +82,3 @@ def _stages(case: str, golden: dict[str, np.ndarray], named: dict[str, jax.Array
         ours = np.asarray(named[name])
         channels_last = name.startswith("layer") and not rewired
         yield compare(f"{case}/{key}", ours if channels_last else _nct(ours), golden[key], OUT)
-
-
-def _loss(name: str, loss: float, golden: dict[str, np.ndarray]) -> Row:
-    """The loss is a sum of signed terms: where they cancel, its error is measured against the terms' norm."""
-    terms = np.linalg.norm((golden["out/y"] * golden["proj"]).astype(np.float64))
-    wanted = float(golden["loss"])
-    return Row(name, abs(loss - wanted) / max(abs(wanted), float(terms)), OUT)
-
-
-def compare_gradients(
-    case: str, golden: dict[str, np.ndarray], ours: dict[str, np.ndarray], tolerance: float
-) -> Iterator[Row]:
-    """Full gradients, then norm and signature of every parameter; those the reference lacks have to be zero here."""
-    for key in (key for key in golden if key.startswith("g/")):
-        yield compare(f"{case}/{key}", ours[key[2:]], golden[key], tolerance)
-    names = [str(name) for name in golden["gnames"]]
-    for name, norm, signature in zip(names, golden["gnorm"], golden["gsig"], strict=True):
-        flat = np.asarray(ours[name], np.float64).ravel()
-        wave = np.cos(0.7 * np.arange(flat.size) + 0.3)
-        yield compare(f"{case}/gnorm/{name}", np.linalg.norm(flat), norm, tolerance)
-        # a signature is a sum that may cancel, so its error is measured against the gradient's norm
-        yield Row(f"{case}/gsig/{name}", float(abs(flat @ wave - signature) / max(norm, 1e-30)), tolerance)
-    for name in sorted(set(ours) - set(names)):
-        yield compare(f"{case}/no gradient/{name}", ours[name], np.zeros_like(ours[name]), 0.0)

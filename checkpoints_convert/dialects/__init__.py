@@ -1,0 +1,17 @@
+"""The dialects that are known, by network.
+
+To add one: a `Dialect` in the file of its network (a new file needs its line here), and a sample in its tests.
+"""
+
+from checkpoints_convert.dialects import actionformer, video_swin
+from checkpoints_convert.dialects.dialect import Dialect
+from checkpoints_convert.rules import Rules
+
+DIALECTS: tuple[Dialect, ...] = video_swin.DIALECTS
+OPENTAD_BACKBONE = "backbone.model.backbone."  # how OpenTAD's detectors call the network inside wrapper and recogniser
+
+
+def detector_rules(backbone: Dialect) -> Rules:
+    """Return the names of a whole OpenTAD detector with ActionFormer whose backbone speaks the given dialect."""
+    parts = backbone.inside(OPENTAD_BACKBONE, "backbone."), actionformer.OPENTAD.inside("", "localizer.")
+    return Rules(sum((part.rules for part in parts), ()), sum((part.ignored for part in parts), ()))

@@ -1,0 +1,46 @@
+"""A dialect: how one project names the parameters of one network in its files."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from checkpoints_convert.rules import Ignored, Rule, Rules
+
+HEADS = Ignored(
+    r"(.*\.)?(cls_head|head|classifier|fc_cls|head_fast)\..*", "a classification head; features are taken before it"
+)
+PREPROCESSING = Ignored(r"(.*\.)?data_preprocessor\..*", "pixel mean and deviation; they are config.detector's")
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """The names that one project gives to a network.
+
+    Args:
+        name: what `--dialect` takes, unique in its family.
+        family: beginning of the registered names of the networks it describes.
+        about: one line: whose files these are.
+        rules: in terms of the bare network, without `prefixes`.
+        ignored: keys that become no parameter, with the reason.
+        prefixes: what may stand before every key of the network; the first is written on the way back.
+        options: arguments that the network must be built with for such files.
+        writable: False where the way back would lose something.
+    """
+
+    name: str
+    family: str
+    about: str
+    rules: Sequence[Rule]
+    ignored: Sequence[Ignored] = ()
+    prefixes: Sequence[str] = ("",)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    writable: bool = True
+
+    @property
+    def names(self) -> Rules:
+        """The rules of the bare network."""
+        return self.inside("")
+
+    def inside(self, torch: str, ours: str = "") -> Rules:
+        """Return the rules of the network where it is a part, called so, of a larger one."""
+        return Rules(tuple(rule.prefixed(torch, ours) for rule in self.rules), tuple(self.ignored))
