@@ -17,7 +17,8 @@ class Report:
     unmapped: key -> what stands against it, the nearest name with it.
     wrong_shape: key -> (its shape, the shape that would fit, our path).
     unfilled: our path -> shape.
-    allowed: the unfilled paths that the caller has allowed to stay as they are initialised.
+    allowed: our path -> why it keeps the value that the network is built with.
+    inflated: mapped key -> (its shape, the shape it was spread to over time).
     cast: dtype of the source -> number of mapped keys, where it is not float32.
     """
 
@@ -27,6 +28,7 @@ class Report:
     wrong_shape: dict[str, tuple[tuple[int, ...], tuple[int, ...], str]] = field(default_factory=dict)
     unfilled: dict[str, tuple[int, ...]] = field(default_factory=dict)
     allowed: dict[str, str] = field(default_factory=dict)
+    inflated: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
     cast: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -56,6 +58,7 @@ class Report:
         lines += _section("parameters that no key fills", [f"{path} {shape}" for path, shape in self.unfilled.items()])
         lines += _section("left as initialised", [f"{path}: {why}" for path, why in self.allowed.items()])
         lines += _section("ignored keys", _by_reason(self.ignored))
+        lines += _section("inflated over time", [f"{key} {a} -> {b}" for key, (a, b) in self.inflated.items()])
         lines += _section("cast to float32", [f"{count} keys from {dtype}" for dtype, count in self.cast.items()])
         return "\n".join(lines)
 

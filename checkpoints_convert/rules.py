@@ -8,7 +8,9 @@ the module's arrays are called and laid out:
     norm            weight, bias                                 scale, bias
     batch_norm      weight, bias, running_mean, running_var      scale, bias, mean, var
     array           the key itself, as it is
+    matrix          the key itself, (out, in)                    (in, out)
     channels        the key itself, (1, C, 1)                    (C,)
+    table           the key itself, (1, N, C)                    (N, C)
 
 Rules are data that are read in both directions. Where PyTorch keeps three arrays and we one, `ours` ends in `[0/3]`:
 the first third of the last axis.
@@ -44,6 +46,10 @@ KERNEL = Layout(
     lambda value: np.moveaxis(value, (0, 1), (-1, -2)) if value.ndim >= 2 else value,
     lambda value: np.moveaxis(value, (-1, -2), (0, 1)),
 )
+TABLE = Layout(
+    lambda value: value[0] if value.ndim == 3 and value.shape[0] == 1 else value,
+    lambda value: value[None],
+)
 CHANNELS = Layout(
     lambda value: value[0, :, 0] if value.ndim == 3 and value.shape[::2] == (1, 1) else value,
     lambda value: value[None, :, None],
@@ -61,7 +67,9 @@ KINDS: Mapping[str, tuple[tuple[str, str, Layout], ...]] = {
         (".running_var", ".var", SAME),
     ),
     "array": (("", "", SAME),),
+    "matrix": (("", "", KERNEL),),
     "channels": (("", "", CHANNELS),),
+    "table": (("", "", TABLE),),
 }
 
 
@@ -74,12 +82,14 @@ class Rule:
         ours: template of our path, with the same holes, perhaps with a part such as `[0/3]` at its end.
         kind: one of `KINDS`.
         optional: for a module that our network can be built without: why it is not needed then.
+        read_only: another name that is read, but not the one that is written.
     """
 
     torch: str
     ours: str
     kind: str = "array"
     optional: str = ""
+    read_only: bool = False
 
     def prefixed(self, torch: str = "", ours: str = "") -> "Rule":
         """Return the rule of the same module inside another."""
@@ -126,7 +136,7 @@ class Rules:
         found: dict[int, tuple[str, tuple[int, int], Layout]] = {}
         for rule in self.rules:
             module, part = _split_part(rule.ours)
-            for theirs, ours, layout in KINDS[rule.kind]:
+            for theirs, ours, layout in () if rule.read_only else KINDS[rule.kind]:
                 match = _pattern(module + ours).fullmatch(path)
                 if match is not None and part[0] not in found:  # an earlier rule is the canonical name
                     found[part[0]] = (_expand(rule.torch + theirs, match), part, layout)
@@ -143,23 +153,46 @@ class Plan:
 
     report: Report
     targets: dict[str, Target] = field(default_factory=dict)
+    inflated: dict[str, Shape] = field(default_factory=dict)
 
     def convert(self, read: Callable[[str], np.ndarray]) -> dict[str, np.ndarray]:
         """Return our parameters by path, in float32; `read` gives the array of a key."""
         parts: dict[str, dict[int, np.ndarray]] = {}
         for key, target in self.targets.items():
-            value = np.asarray(target.layout.to_ours(read(key)), np.float32)
+            value = np.asarray(read(key), np.float32)
+            if key in self.inflated:
+                value = inflate(value, self.inflated[key])
+            value = target.layout.to_ours(value)
             parts.setdefault(target.path, {})[target.part[0]] = value
         return {path: _join([found[i] for i in sorted(found)]) for path, found in sorted(parts.items())}
 
 
-def plan(shapes: Mapping[str, Shape], rules: Rules, targets: Mapping[str, Shape]) -> Plan:
+def can_inflate(shape: Shape, video: Shape) -> bool:
+    """Tell whether an array of a network for images can be spread over time to the shape of one for video.
+
+    A kernel (O, I, h, w) lacks the axis of time of (O, I, t, h, w); a table of relative positions has one of the
+    2t - 1 equal parts.
+    """
+    if len(shape) == 4:
+        return len(video) == 5 and (*video[:2], *video[3:]) == shape
+    return len(shape) == len(video) == 2 and shape[1] == video[1] and video[0] % shape[0] == 0
+
+
+def inflate(value: np.ndarray, video: Shape) -> np.ndarray:
+    """Spread an array over time so that a video of equal frames gives what the image gave (I3D, arXiv 1705.07750)."""
+    if value.ndim == 4:
+        return np.repeat(value[:, :, None] / video[2], video[2], axis=2)
+    return np.tile(value, (video[0] // value.shape[0], 1))
+
+
+def plan(shapes: Mapping[str, Shape], rules: Rules, targets: Mapping[str, Shape], *, from_images: bool = False) -> Plan:
     """Match every key with a parameter.
 
     Args:
         shapes: PyTorch's shape of every key.
         rules: those of the file's dialect.
         targets: shape of every parameter to fill, by path.
+        from_images: arrays of a network for images may be inflated where they do not fit.
     """
     result = Plan(Report())
     report, filled = result.report, {}
@@ -167,7 +200,7 @@ def plan(shapes: Mapping[str, Shape], rules: Rules, targets: Mapping[str, Shape]
         found = rules.targets_of(key)
         present = [target for target in found if target.path in targets]
         if len(present) == 1:
-            _assign(result, filled, key, shape, present[0], targets)
+            _assign(result, filled, key, shape, present[0], targets, from_images=from_images)
         elif len(present) > 1:
             report.unmapped[key] = f"{len(present)} rules match: {', '.join(t.path for t in present)}"
         elif (reason := rules.reason_to_ignore(key)) is not None:
@@ -188,24 +221,33 @@ def plan(shapes: Mapping[str, Shape], rules: Rules, targets: Mapping[str, Shape]
 
 
 def _assign(
-    result: Plan, filled: dict[str, Any], key: str, shape: Shape, target: Target, targets: Mapping[str, Shape]
+    result: Plan,
+    filled: dict[str, Any],
+    key: str,
+    shape: Shape,
+    target: Target,
+    targets: Mapping[str, Shape],
+    *,
+    from_images: bool,
 ) -> None:
     """Enter that a key fills its target, or what stands against it."""
     index, count = target.part
-    parts = filled.setdefault(target.path, {})
+    parts, report = filled.setdefault(target.path, {}), result.report
     if index in parts:
-        result.report.unmapped[key] = f"{target.path} is filled by {parts[index][0]} already"
+        report.unmapped[key] = f"{target.path} is filled by {parts[index][0]} already"
         return
     parts[index] = (key, count)
     wanted = tuple(targets[target.path])
     wanted = (*wanted[:-1], wanted[-1] // count) if count > 1 else wanted
-    ours = target.layout.to_ours(np.broadcast_to(np.float32(0), shape)).shape
-    if ours != wanted:
-        needed = target.layout.to_torch(np.broadcast_to(np.float32(0), wanted)).shape
-        result.report.wrong_shape[key] = (tuple(shape), tuple(needed), target.path)
-        return
+    needed = tuple(target.layout.to_torch(np.broadcast_to(np.float32(0), wanted)).shape)
+    if target.layout.to_ours(np.broadcast_to(np.float32(0), shape)).shape != wanted:
+        if not (from_images and can_inflate(tuple(shape), needed)):
+            report.wrong_shape[key] = (tuple(shape), needed, target.path)
+            return
+        result.inflated[key] = needed
+        report.inflated[key] = (tuple(shape), needed)
     result.targets[key] = target
-    result.report.mapped[key] = target.path if count == 1 else f"{target.path}[{index}/{count}]"
+    report.mapped[key] = target.path if count == 1 else f"{target.path}[{index}/{count}]"
 
 
 def convert_state_dict(
@@ -292,4 +334,4 @@ def _split_part(ours: str) -> tuple[str, tuple[int, int]]:
 
 
 def _join(parts: Sequence[np.ndarray]) -> np.ndarray:
-    return np.ascontiguousarray(parts[0]) if len(parts) == 1 else np.concatenate(parts, axis=-1)
+    return np.asarray(parts[0], order="C") if len(parts) == 1 else np.concatenate(parts, axis=-1)

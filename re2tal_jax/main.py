@@ -48,7 +48,7 @@ def read_command(arguments: Sequence[str]) -> Command:
     for name, (value, text) in options.items():
         parser.add_argument(name, metavar=value, help=text)
     parser.add_argument("-h", "--help", action="help", help="show this text")
-    overrides, rest = _split_overrides(arguments)
+    overrides, rest = split_overrides(arguments)
     known, unknown = parser.parse_known_args(rest)
     if unknown:
         names = [name for name in options if "." not in name] + ["--config.<section>.<key>"]
@@ -65,7 +65,7 @@ def read_command(arguments: Sequence[str]) -> Command:
     return Command(config, mode, Path(known.workdir or Path("runs") / path.stem))
 
 
-def _split_overrides(arguments: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
+def split_overrides(arguments: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
     """Return the overrides as (key, text), written --config.key=value or --config.key value, and all else."""
     overrides, rest, words = [], [], list(arguments)
     while words:

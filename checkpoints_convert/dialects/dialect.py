@@ -1,8 +1,10 @@
 """A dialect: how one project names the parameters of one network in its files."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 from checkpoints_convert.rules import Ignored, Rule, Rules
 
@@ -24,7 +26,11 @@ class Dialect:
         ignored: keys that become no parameter, with the reason.
         prefixes: what may stand before every key of the network; the first is written on the way back.
         options: arguments that the network must be built with for such files.
-        writable: False where the way back would lose something.
+        computed: parameters of ours that such files do not hold because they are always the same, with the reason;
+            they keep the value they are built with.
+        constants: arrays that a strict load wants beside those of the rules, by key, made from the network and the
+            keys that are written.
+        inflate: the file is of a network for images: its arrays are spread over time, and there is no way back.
     """
 
     name: str
@@ -34,7 +40,9 @@ class Dialect:
     ignored: Sequence[Ignored] = ()
     prefixes: Sequence[str] = ("",)
     options: Mapping[str, Any] = field(default_factory=dict)
-    writable: bool = True
+    computed: Mapping[str, str] = field(default_factory=dict)
+    constants: Callable[[Any, Iterable[str]], Mapping[str, np.ndarray]] = lambda network, keys: {}
+    inflate: bool = False
 
     @property
     def names(self) -> Rules:

@@ -1,14 +1,25 @@
 """Video Swin: mmaction2, its rewired form in OpenTAD, the original repository, torchvision, and Swin for images."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
 
 from checkpoints_convert.dialects.dialect import HEADS, PREPROCESSING, Dialect
 from checkpoints_convert.rules import Ignored, Rule
+from re2tal_jax.backbones.video_swin import VideoSwin
+from re2tal_jax.backbones.windows import relative_position_index
 
 _INDEX = Ignored(r".*\.relative_position_index", "a constant of the window size, computed here")
 _MASK = Ignored(r".*\.attn_mask", "a constant of the window and input size, computed here")
 _IGNORED = (_INDEX, HEADS, PREPROCESSING)
 _BLOCK, _OURS = "layers.{i}.blocks.{j}.", "stages.{i}.blocks.{j}."
+
+
+def _indices(network: VideoSwin, keys: Iterable[str]) -> Mapping[str, np.ndarray]:
+    """Return the index into each table of relative positions."""
+    index = relative_position_index(network.window_size).astype(np.int64)
+    tables = [key for key in keys if key.endswith("relative_position_bias_table")]
+    return {key.replace("bias_table", "index"): index for key in tables}
 
 
 def _names(*, attention: str = "", mlp: str = "", norm: str) -> Sequence[Rule]:
@@ -59,6 +70,7 @@ MMACTION2 = Dialect(
     _names(norm="norm3"),
     _IGNORED,
     prefixes=("backbone.", ""),
+    constants=_indices,
 )
 RE2TAL = Dialect(
     "re2tal",
@@ -67,6 +79,7 @@ RE2TAL = Dialect(
     _names(attention="inv_block.Fm.", mlp="inv_block.Gm.", norm="norm3"),
     _IGNORED,
     prefixes=("backbone.", ""),
+    constants=_indices,
 )
 DIALECTS = (
     MMACTION2,
@@ -78,14 +91,22 @@ DIALECTS = (
         _names(norm="norm"),
         _IGNORED,
         prefixes=("backbone.", ""),
+        constants=_indices,
     ),
-    Dialect("torchvision", "video_swin", "torchvision's swin3d_t, swin3d_s, swin3d_b", _torchvision(), _IGNORED),
+    Dialect(
+        "torchvision",
+        "video_swin",
+        "torchvision's swin3d_t, swin3d_s, swin3d_b",
+        _torchvision(),
+        _IGNORED,
+        constants=_indices,
+    ),
     Dialect(
         "swin2d",
         "video_swin",
         "Swin Transformer for images (microsoft), inflated",
         _names(norm="norm"),
         (*_IGNORED, _MASK),
-        writable=False,
+        inflate=True,
     ),
 )

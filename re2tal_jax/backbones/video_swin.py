@@ -77,6 +77,7 @@ class VideoSwin(nnx.Module):
             raise ConfigError(f"in_channels = {in_channels}: allowed is 1 or more, 3 for RGB.")
         _check(patch_size, embed_dim, depths, num_heads, window_size, mlp_ratio, drop_path_rate)
         self.depths, self.drop_path_rate, self.in_channels = tuple(depths), drop_path_rate, in_channels
+        self.window_size = as_size(window_size)
         self.out_channels = embed_dim * 2 ** (len(depths) - 1)
         self.temporal_stride = patch_size[0]
         self.wiring: Wiring = REWIRED if rewired else PLAIN
@@ -85,7 +86,7 @@ class VideoSwin(nnx.Module):
         for i, (depth, heads) in enumerate(zip(depths, num_heads, strict=True)):
             dim = embed_dim * 2**i
             blocks = [
-                Block(dim, heads, as_size(window_size), bool(j % 2), mlp_ratio, qkv_bias, dtype=dtype, rngs=rngs)
+                Block(dim, heads, self.window_size, bool(j % 2), mlp_ratio, qkv_bias, dtype=dtype, rngs=rngs)
                 for j in range(depth)
             ]
             last = i == len(depths) - 1

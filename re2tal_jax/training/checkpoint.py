@@ -23,6 +23,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 
 from re2tal_jax.errors import CheckpointError, ConfigError, did_you_mean
 from re2tal_jax.training.state import TrainState
+from re2tal_jax.weights import holds_weights, load_weights
 
 log = logging.getLogger(__name__)
 
@@ -190,9 +191,13 @@ class Checkpoints:
 def best_or_latest(directory: Path) -> int:
     """Return the step of the best evaluated checkpoint of a workdir, of the latest where none was evaluated.
 
+    Converted parameters are of step 0.
+
     Raises:
         CheckpointError: there is none.
     """
+    if holds_weights(directory):
+        return 0
     with _reading(directory, "latest") as (manager, latest):
         best = _best_step(manager)
         return latest if best is None else best
@@ -203,9 +208,13 @@ def load_params(
 ) -> dict[str, np.ndarray]:
     """Return the parameters of a checkpoint by path, as host arrays: the averaged ones, or those that were trained.
 
+    `directory` is a run's workdir, its checkpoints folder, or a folder of converted parameters, which has one set.
+
     Raises:
-        CheckpointError: `directory` (a workdir or its checkpoints folder) holds no such checkpoint.
+        CheckpointError: there is no such checkpoint.
     """
+    if holds_weights(directory):
+        return load_weights(directory)
     item = {"ema": "ema_params", "raw": "params"}[which]
     with _reading(directory, step) as (manager, found):
         tree = manager.item_metadata(found)[item].tree
@@ -257,7 +266,9 @@ def _reading(directory: Path, step: int | str) -> Iterator[tuple[ocp.CheckpointM
     if (directory / "checkpoints").is_dir():
         directory = directory / "checkpoints"
     if not directory.is_dir():
-        raise CheckpointError(f"{directory} is no folder: give a run's workdir, or its checkpoints folder.")
+        raise CheckpointError(
+            f"{directory} is no folder: give a run's workdir, its checkpoints folder, or a folder that a conversion wrote."
+        )
     with _open(directory, CheckpointConfig(), write=False) as manager:
         named = {"latest": manager.latest_step, "best": lambda: _best_step(manager)}
         found = named[step]() if isinstance(step, str) else step

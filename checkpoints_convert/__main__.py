@@ -1,0 +1,135 @@
+"""Command line: python -m checkpoints_convert SOURCE --model NAME --out DIR
+
+    SOURCE --model NAME --out DIR       a PyTorch file to a folder that config.backbone.checkpoint takes
+    SOURCE --to torch --dialect D --out FILE
+                                        a folder of ours (converted, or a run's) to a PyTorch file
+
+NAME is a registered backbone, or a config file for a whole detector.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from checkpoints_convert import torch_io
+from checkpoints_convert.convert import Conversion, export, load_converted, networks_that_fit, plan_conversion, write
+from checkpoints_convert.live import compare_live
+from checkpoints_convert.networks import open_network
+from checkpoints_convert.verify import Row, replay
+from re2tal_jax.errors import CheckpointError, ConfigError, Re2TalError
+from re2tal_jax.main import split_overrides
+from re2tal_jax.weights import check_writable
+
+log = logging.getLogger("checkpoints_convert")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; python -m checkpoints_convert --help tells more.")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m checkpoints_convert",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("source", type=Path, help="a PyTorch or safetensors file; with --to torch, a folder of ours")
+    add("--model", metavar="NAME", help="a registered backbone, or a config file for a whole detector")
+    add("--out", type=Path, metavar="PATH", help="the folder, or with --to torch the file, to write")
+    add("--to", choices=("jax", "torch"), default="jax", help="jax if not given")
+    add("--dialect", metavar="NAME", help="the file's dialect, where its keys do not tell; needed with --to torch")
+    add("--state-dict", metavar="NAME", help="which state dict of the file, where it holds several")
+    add("--dry-run", action="store_true", help="print the report and write nothing")
+    add("--allow-missing", metavar="REGEX", help="parameters (our paths) that may stay as they are initialised")
+    add("--overwrite", action="store_true", help="replace what --out names, if a conversion wrote it")
+    add("--golden", type=Path, metavar="FILE", help="replay activations recorded from the source (.npz)")
+    add("--check", action="store_true", help="run the source's own network too, on one random clip, and compare")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Convert, print the report and return the exit code: 1 if anything is not as it should be."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
+    for chatty in ("jax", "absl"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    try:
+        overrides, rest = split_overrides(sys.argv[1:] if arguments is None else arguments)
+        options = _parser().parse_args(rest)
+        return _to_torch(options, overrides) if options.to == "torch" else _to_jax(options, overrides)
+    except Re2TalError as error:
+        print(f"\n{type(error).__name__}: {error}", file=sys.stderr)  # noqa: T201
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted; nothing was written", file=sys.stderr)  # noqa: T201
+        return 130
+
+
+def _to_jax(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
+    if options.model is None:
+        raise ConfigError("--model is missing: name a backbone (re2tal_jax.list_backbones()) or a config file.")
+    if options.out is not None:
+        check_writable(options.out, overwrite=options.overwrite)
+    elif not options.dry_run:
+        raise ConfigError("--out is missing: name the folder to write, or add --dry-run.")
+    network = open_network(options.model, overrides)
+    conversion = plan_conversion(
+        options.source,
+        network,
+        dialect=options.dialect,
+        state_dict=options.state_dict,
+        allow_missing=options.allow_missing,
+    )
+    log.info("%s", conversion)
+    if not conversion.report.complete:
+        fitting = networks_that_fit(conversion)
+        raise CheckpointError(
+            "not every key is mapped and every parameter filled (see above); nothing was written. "
+            + (f"The file fits --model {' or '.join(fitting)}. " if fitting else "It fits no published network. ")
+            + "Sizes are set by --config.backbone.KEY=VALUE; --allow-missing REGEX initialises parameters anew."
+        )
+    rows = _verify(options, conversion)
+    for row in rows:
+        log.info("%s", row)
+    if not all(row.passed for row in rows):
+        raise CheckpointError("the converted network does not compute what the source did; nothing was written.")
+    if not options.dry_run:
+        digest = write(conversion, options.out, options.source, overwrite=options.overwrite)
+        log.info("written  %s, parameters' SHA-256 %s", options.out, digest)
+        log.info("use      --config.backbone.checkpoint=%s", options.out)
+    return 0
+
+
+def _verify(options: argparse.Namespace, conversion: Conversion) -> list[Row]:
+    """Return the rows of the checks that were asked for."""
+    if options.golden is None and not options.check:
+        return []
+    rows = []
+    module = conversion.network.build(conversion.parameters())
+    backbone = module.backbone if conversion.network.whole else module
+    if options.golden is not None:
+        rows += replay(backbone, options.golden)
+    if options.check:
+        rows += compare_live(conversion, backbone)
+    return rows
+
+
+def _to_torch(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
+    if options.dialect is None or options.out is None:
+        raise ConfigError("--to torch needs --dialect NAME, whose names to write, and --out FILE.")
+    network = None if options.model is None else open_network(options.model, overrides)
+    network, params = load_converted(options.source, network)
+    state_dict = export(network, params, options.dialect)
+    if not options.dry_run:
+        torch_io.write(options.out, state_dict, overwrite=options.overwrite)
+    log.info("%s %d arrays of %s as %s", options.out, len(state_dict), network.name, options.dialect)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

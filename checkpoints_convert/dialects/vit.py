@@ -1,0 +1,93 @@
+"""VideoMAE's encoder: the original repositories (pre-training files too), mmaction2 and OpenTAD, Hugging Face."""
+
+from checkpoints_convert.dialects.dialect import HEADS, Dialect
+from checkpoints_convert.rules import Ignored, Rule
+
+_DECODER = Ignored(
+    r"(.*\.)?(decoder|encoder_to_decoder|mask_token|pos_embed_decoder)(\..*)?", "of pre-training's decoder"
+)
+_IGNORED = (_DECODER, HEADS)
+_NORM = "the norm before the classifier; features are taken before it (final_norm='none')"
+_TABLE = {"pos_embed": "the fixed table of sines and cosines, which such files do not hold"}
+
+
+def _names(*, patch: str, fc1: str, fc2: str, norms: tuple[str, ...]) -> tuple[Rule, ...]:
+    """Return the names of the original repository, with what differs in others."""
+    return (
+        Rule(patch, "patch_embed.proj", "conv"),
+        Rule("blocks.{i}.norm1", "blocks.{i}.attn.norm", "norm"),
+        Rule("blocks.{i}.attn.qkv", "blocks.{i}.attn.qkv", "linear"),
+        Rule("blocks.{i}.attn.q_bias", "blocks.{i}.attn.q_bias"),
+        Rule("blocks.{i}.attn.v_bias", "blocks.{i}.attn.v_bias"),
+        Rule("blocks.{i}.attn.proj", "blocks.{i}.attn.proj", "linear"),
+        Rule("blocks.{i}.norm2", "blocks.{i}.mlp.norm", "norm"),
+        Rule(f"blocks.{{i}}.{fc1}", "blocks.{i}.mlp.fc1", "linear"),
+        Rule(f"blocks.{{i}}.{fc2}", "blocks.{i}.mlp.fc2", "linear"),
+        *(Rule(norm, "norm", "norm", optional=_NORM) for norm in norms),
+    )
+
+
+def _hugging_face() -> tuple[Rule, ...]:
+    theirs, ours = "encoder.layer.{i}.", "blocks.{i}."
+    attention = theirs + "attention.attention."
+    return (
+        Rule("embeddings.patch_embeddings.projection", "patch_embed.proj", "conv"),
+        Rule(theirs + "layernorm_before", ours + "attn.norm", "norm"),
+        *(
+            Rule(f"{attention}{name}.weight", f"{ours}attn.qkv.kernel[{part}/3]", "matrix")
+            for part, name in enumerate(("query", "key", "value"))
+        ),
+        Rule(attention + "query.bias", ours + "attn.q_bias"),
+        Rule(attention + "value.bias", ours + "attn.v_bias"),
+        Rule(attention + "q_bias", ours + "attn.q_bias", read_only=True),  # before transformers 5
+        Rule(attention + "v_bias", ours + "attn.v_bias", read_only=True),
+        Rule(theirs + "attention.output.dense", ours + "attn.proj", "linear"),
+        Rule(theirs + "layernorm_after", ours + "mlp.norm", "norm"),
+        Rule(theirs + "intermediate.dense", ours + "mlp.fc1", "linear"),
+        Rule(theirs + "output.dense", ours + "mlp.fc2", "linear"),
+        Rule("layernorm", "norm", "norm", optional=_NORM),
+    )
+
+
+VIDEOMAE = Dialect(
+    "videomae",
+    "vit",
+    "the repositories VideoMAE and VideoMAEv2, fine-tuned",
+    (
+        *_names(patch="patch_embed.proj", fc1="mlp.fc1", fc2="mlp.fc2", norms=("fc_norm", "norm")),
+        Rule("pos_embed", "pos_embed", "table", read_only=True),
+    ),
+    _IGNORED,
+    computed=_TABLE,
+)
+PRETRAINED = Dialect(
+    "videomae_pretrain",
+    "vit",
+    "the repositories VideoMAE and VideoMAEv2, the encoder of a pre-training file",
+    _names(patch="patch_embed.proj", fc1="mlp.fc1", fc2="mlp.fc2", norms=("norm",)),
+    _IGNORED,
+    prefixes=("encoder.",),
+    computed=_TABLE,
+)
+MMACTION2 = Dialect(
+    "mmaction2",
+    "vit",
+    "mmaction2's VisionTransformer, OpenTAD's VisionTransformerCP",
+    (
+        Rule("pos_embed", "pos_embed", "table"),
+        *_names(patch="patch_embed.projection", fc1="mlp.layers.0.0", fc2="mlp.layers.1", norms=("fc_norm", "norm")),
+    ),
+    _IGNORED,
+    prefixes=("backbone.", ""),
+)
+HUGGING_FACE = Dialect(
+    "huggingface",
+    "vit",
+    "transformers' VideoMAEModel and what holds one",
+    _hugging_face(),
+    (*_IGNORED, Ignored(r"fc_norm\..*", _NORM)),
+    prefixes=("videomae.", ""),
+    options={"norm_epsilon": 1e-12},  # of transformers' VideoMAEConfig; the original networks have 1e-6
+    computed=_TABLE,
+)
+DIALECTS = (VIDEOMAE, PRETRAINED, MMACTION2, HUGGING_FACE)
