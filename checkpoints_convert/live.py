@@ -5,6 +5,7 @@ backbone, whose sizes it has, and returns what maps a clip (B, F, H, W, C) to ar
 """
 
 import importlib
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -108,7 +109,11 @@ def _hugging_face(state_dict: Mapping[str, Any], ours: Any) -> Run:
         layer_norm_eps=block.attn.norm.epsilon,
         use_mean_pooling="layernorm.weight" not in state_dict,
     )
-    model = _load(transformers.VideoMAEModel(config), state_dict)
+    model = transformers.VideoMAEModel(config)
+    if any(key.endswith("query.bias") for key in model.state_dict()):  # in memory from transformers 5 on
+        names = {"q_bias": "query.bias", "v_bias": "value.bias"}
+        state_dict = {re.sub(r"[qv]_bias$", lambda m: names[m[0]], key): value for key, value in state_dict.items()}
+    model = _load(model, state_dict)
     model.layernorm = None  # features are taken before it
 
     def run(clip: np.ndarray) -> dict[str, np.ndarray]:

@@ -129,7 +129,12 @@ PREFERRED = (
 DEPTH = 3  # levels below the root; ("ema.module" is at the second)
 OPTIMIZER = ("optim", "sched", "scaler")  # parts of the names of what is no model
 OPTIMIZER_KEYS = frozenset({"exp_avg", "exp_avg_sq", "momentum_buffer", "square_avg"})
-UNREAD_TENSORS = ("torch._utils._rebuild_", "numpy.core.multiarray.", "numpy._core.multiarray.", "numpy._core.numeric.")
+SPECIAL_TENSORS = "torch._utils._rebuild_"  # sparse, quantized and others, by the functions that would make them
+NUMPY_ARRAYS = tuple(
+    f"numpy.{core}.{function}"
+    for core in ("core", "_core")
+    for function in ("multiarray._reconstruct", "numeric._frombuffer")
+)
 
 
 def state_dicts(tree: Any) -> dict[str, dict[str, Tensor]]:
@@ -158,9 +163,9 @@ def choose_state_dict(tree: Any, which: str | None = None) -> tuple[str, dict[st
         raise CheckpointError(f"There is no state dict {which!r} in the file. {did_you_mean(which, found)}")
     path = which if which is not None else _preferred(found)
     for key, value in found[path].items():
-        if _is_unread_tensor(value):
+        if _is_special(value, (SPECIAL_TENSORS, *NUMPY_ARRAYS)):  # not to be lost in silence
             raise CheckpointError(
-                f"{key} is a tensor of a kind that is not read ({value.name}): save it dense, on CPU."
+                f"{key} is an array that is not read ({value.name}): save it as a dense torch.Tensor."
             )
     return path, _tensors(found[path])
 
@@ -174,7 +179,7 @@ def _candidates(
     seen = {} if seen is None else seen
     is_new = id(tree) not in seen
     if is_new:
-        tensors = sum(isinstance(value, Tensor) or _is_unread_tensor(value) for value in tree.values())
+        tensors = sum(isinstance(value, Tensor) or _is_special(value) for value in tree.values())
         seen[id(tree)] = tensors * 2 > len(tree) and all(isinstance(key, str) for key in tree)
     if seen[id(tree)]:
         yield ".".join(path), tree
@@ -188,9 +193,8 @@ def _tensors(entries: Mapping[str, Any]) -> dict[str, Tensor]:
     return {key: value for key, value in entries.items() if isinstance(value, Tensor)}
 
 
-def _is_unread_tensor(value: Any) -> bool:
-    """Whether a placeholder stands for a sparse or quantized tensor or for numbers of numpy, not to lose in silence."""
-    return isinstance(value, Placeholder) and value.name.startswith(UNREAD_TENSORS)
+def _is_special(value: Any, names: str | tuple[str, ...] = SPECIAL_TENSORS) -> bool:
+    return isinstance(value, Placeholder) and value.name.startswith(names)
 
 
 def _of_optimizer(path: str, entries: Mapping[str, Any]) -> bool:
@@ -216,8 +220,10 @@ def _swapped(entries: Mapping[str, Any]) -> bool:
 
 def _describe(tree: Any) -> str:
     if isinstance(tree, dict):
-        names = [str(key)[:50] for key in tree if isinstance(key, str | int)]
-        return f"a dict of {', '.join(names[:10])}{' …' if len(names) > 10 else ''}" if names else "an empty dict"
+        names = [key[:50] for key in tree if isinstance(key, str)]
+        return (
+            f"a dict of {', '.join(names[:10])}{' …' if len(names) > 10 else ''}" if names else "a dict without names"
+        )
     return f"an object of {tree.name}" if isinstance(tree, Placeholder) else f"a {type(tree).__name__}"
 
 

@@ -58,11 +58,9 @@ def unpickle(
         RunsCodeError: it names a function to run code with.
         CheckpointError: it is no pickle, damaged, or holds what its builders refuse.
     """
-    machine = _Machine(where, {**PYTHON, **(known or {})}, persistent)
+    machine = _Machine({**PYTHON, **(known or {})}, persistent)
     try:
         return Unpickled(machine.run(stream), frozenset(machine.foreign))
-    except CheckpointError:
-        raise
     except RunsCode as error:
         raise RunsCodeError(
             f"{where}: the file tries to run code: it {error}, which weights have no use for. Nothing of it was "
@@ -84,8 +82,8 @@ _DAMAGED = (ValueError, TypeError, LookupError, ArithmeticError, MemoryError, Re
 class _Machine:
     """The state of one pickle's evaluation; what each opcode does is in `OPCODES`."""
 
-    def __init__(self, where: str, known: Mapping[str, Any], persistent: Callable[[Any], Any] | None):
-        self.where, self.known, self.persistent = where, known, persistent
+    def __init__(self, known: Mapping[str, Any], persistent: Callable[[Any], Any] | None):
+        self.known, self.persistent = known, persistent
         self.stack: list[Any] = []
         self.marked: list[list[Any]] = []  # the stacks below each mark
         self.memo: dict[int, Any] = {}

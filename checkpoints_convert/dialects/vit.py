@@ -37,10 +37,11 @@ def _hugging_face() -> tuple[Rule, ...]:
             Rule(f"{attention}{name}.weight", f"{ours}attn.qkv.kernel[{part}/3]", "matrix")
             for part, name in enumerate(("query", "key", "value"))
         ),
-        Rule(attention + "query.bias", ours + "attn.q_bias"),
-        Rule(attention + "value.bias", ours + "attn.v_bias"),
-        Rule(attention + "q_bias", ours + "attn.q_bias", read_only=True),  # before transformers 5
-        Rule(attention + "v_bias", ours + "attn.v_bias", read_only=True),
+        Rule(attention + "q_bias", ours + "attn.q_bias"),
+        Rule(attention + "v_bias", ours + "attn.v_bias"),
+        # in files it is the above; transformers 5 calls them so in memory
+        Rule(attention + "query.bias", ours + "attn.q_bias", read_only=True),
+        Rule(attention + "value.bias", ours + "attn.v_bias", read_only=True),
         Rule(theirs + "attention.output.dense", ours + "attn.proj", "linear"),
         Rule(theirs + "layernorm_after", ours + "mlp.norm", "norm"),
         Rule(theirs + "intermediate.dense", ours + "mlp.fc1", "linear"),
