@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+import jax
+
 from checkpoints_convert import torch_io
 from checkpoints_convert.convert import Conversion, export, load_converted, networks_that_fit, plan_conversion, write
 from checkpoints_convert.live import compare_live
@@ -58,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
     for chatty in ("jax", "absl"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    jax.config.update("jax_platforms", "cpu")  # an accelerator would be waited for and held, for nothing
     try:
         overrides, rest = split_overrides(sys.argv[1:] if arguments is None else arguments)
         options = _parser().parse_args(rest)

@@ -1,7 +1,7 @@
 """From a PyTorch file to a folder of our parameters, and back; `__main__.py` is the command line of it."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from checkpoints_convert import torch_io
-from checkpoints_convert.dialects import DIALECTS, OPENTAD_BACKBONE, backbone_of_detector, detector_rules
+from checkpoints_convert.dialects import DIALECTS, OPENTAD_BACKBONE, OURS, backbone_of_detector, detector_rules
 from checkpoints_convert.dialects.dialect import Dialect
 from checkpoints_convert.networks import BACKBONE, Network
 from checkpoints_convert.report import Report
-from checkpoints_convert.rules import Plan, Rules, plan, to_state_dict
+from checkpoints_convert.rules import Plan, Rules, Shape, plan, to_state_dict
 from re2tal_jax.backbones import list_backbones
 from re2tal_jax.errors import CheckpointError, ConfigError, did_you_mean
 from re2tal_jax.training.checkpoint import load_config, load_params
@@ -101,14 +101,14 @@ def plan_conversion(
     file = torch_io.read(source)
     chosen, tensors = torch_io.choose_state_dict(file.tree, state_dict)
     tensors = _unwrapped(tensors)
-    spoken = recognise(tensors, network, dialect)
-    network = network.with_options(spoken.dialect.options)
     shapes = {key: tensor.shape for key, tensor in tensors.items()}
+    spoken = recognise(shapes, network, dialect)
+    network = network.with_options(spoken.dialect.options)
     found = plan(shapes, spoken.rules, network.shapes, from_images=spoken.dialect.inflate)
     report = found.report
     inside = BACKBONE if network.whole else ""
     for path in list(report.unfilled):
-        reason = spoken.dialect.computed.get(path.removeprefix(inside))
+        reason = spoken.dialect.computed.get(path.removeprefix(inside)) or _ours(path)
         if reason is None and allowed is not None and allowed.search(path):
             reason = f"initialised anew, --allow-missing {allowed.pattern}"
         if reason is not None:
@@ -120,8 +120,15 @@ def plan_conversion(
     return Conversion(file, chosen, tensors, spoken, network, found)
 
 
-def recognise(keys: Mapping[str, Any] | Sequence[str], network: Network, name: str | None = None) -> Spoken:
+def recognise(shapes: Mapping[str, Shape], network: Network, name: str | None = None) -> Spoken:
     """Return the dialect that knows most keys of a file, among those of the network.
+
+    Where several know as many (a network for images and its form for video), shapes decide.
+
+    Args:
+        shapes: PyTorch's shape of every key.
+        network: what the file is to be converted for.
+        name: the dialect, where the user names it.
 
     Raises:
         ConfigError: an unknown dialect.
@@ -132,12 +139,20 @@ def recognise(keys: Mapping[str, Any] | Sequence[str], network: Network, name: s
         if name not in own:
             raise ConfigError(f"Unknown dialect {name!r} for {network.backbone_name}. {did_you_mean(name, own)}")
         own = {name: own[name]}
-    best = max((_best_prefix(keys, dialect, whole=network.whole) for dialect in own.values()), key=lambda s: s.known)
-    others = [_best_prefix(keys, d, whole=False) for d in DIALECTS] if name is None else []
-    other = max(others, key=lambda s: s.known, default=best)
-    if best.known == 0 or other.known > 2 * best.known:
-        raise CheckpointError(_wrong_network(keys, network, best, other))
-    return best
+    spoken = [_best_prefix(shapes, dialect, whole=network.whole) for dialect in own.values()]
+    most = max(found.known for found in spoken)
+    others = [_best_prefix(shapes, d, whole=False) for d in DIALECTS] if name is None else spoken
+    other = max(others, key=lambda found: found.known)
+    if most == 0 or other.known > 2 * most:
+        raise CheckpointError(_wrong_network(shapes, network, most, other))
+    best = [found for found in spoken if found.known == most]
+    return best[0] if len(best) == 1 else min(best, key=lambda found: _misfits(found, shapes, network))
+
+
+def _misfits(spoken: Spoken, shapes: Mapping[str, Shape], network: Network) -> int:
+    targets = network.with_options(spoken.dialect.options).shapes
+    report = plan(shapes, spoken.rules, targets, from_images=spoken.dialect.inflate).report
+    return len(report.unmapped) + len(report.wrong_shape) + len(report.unfilled)
 
 
 def dialects_of(network: Network) -> dict[str, Dialect]:
@@ -155,9 +170,9 @@ def _best_prefix(keys: Any, dialect: Dialect, *, whole: bool) -> Spoken:
     return max(counted, key=lambda s: s.known)
 
 
-def _wrong_network(keys: Any, network: Network, best: Spoken, other: Spoken) -> str:
+def _wrong_network(keys: Any, network: Network, known: int, other: Spoken) -> str:
     first = ", ".join(list(keys)[:3])
-    text = f"{best.known} of {len(keys)} keys (such as {first}) are known as those of {network.name}."
+    text = f"{known} of {len(keys)} keys (such as {first}) are known as those of {network.name}."
     if other.known == 0:
         return f"{text} No network that is known has such keys."
     names = [name for name in list_backbones() if name.startswith(other.dialect.family)]
@@ -244,6 +259,8 @@ def _network_of(directory: Path) -> Network:
 def export(network: Network, params: Mapping[str, np.ndarray], dialect: str) -> dict[str, np.ndarray]:
     """Return the state dict of a dialect that a strict load takes: parameters and what is constant beside them.
 
+    What only we have (`dialects.OURS`, tables that the dialect computes) is left out.
+
     Raises:
         ConfigError: a dialect that the network has not, or that has no way back.
     """
@@ -252,10 +269,16 @@ def export(network: Network, params: Mapping[str, np.ndarray], dialect: str) -> 
         raise ConfigError(f"No dialect {dialect!r} to write {network.name} in. {did_you_mean(dialect, known)}")
     found = known[dialect]
     inside = BACKBONE if network.whole else ""
-    params = {path: value for path, value in params.items() if path.removeprefix(inside) not in found.computed}
+    left_out = {path for path in params if path.removeprefix(inside) in found.computed or _ours(path)}
+    params = {path: value for path, value in params.items() if path not in left_out}
     rules = detector_rules(found) if network.whole else found.inside(found.prefixes[0])
     result = to_state_dict(params, rules)
     return result | dict(found.constants(network.backbone, result.keys()))
+
+
+def _ours(path: str) -> str | None:
+    """Return why a parameter of a detector has no name in PyTorch, or None."""
+    return next((reason for prefix, reason in OURS.items() if path.startswith(prefix)), None)
 
 
 def _unwrapped(tensors: Mapping[str, torch_io.Tensor]) -> dict[str, torch_io.Tensor]:

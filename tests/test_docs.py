@@ -230,6 +230,12 @@ def test_the_figure_is_what_its_script_draws(theme):
     assert (ROOT / "docs" / "figures" / f"wiring-{theme}.svg").read_text() == script["draw"](theme)
 
 
+def test_the_worked_examples_are_what_the_command_prints():
+    script: Mapping[str, Any] = runpy.run_path(str(ROOT / "docs" / "conversion_examples.py"))
+    text = (ROOT / "docs" / "conversion.md").read_text()
+    assert text == script["page"](text), "docs/conversion.md is out of date: python docs/conversion_examples.py"
+
+
 @each_page
 def test_pages_name_no_machine(page):
     assert not re.search(r"(?<![\w.])/(home|root|work|tmp|opt|mnt)/", page.read_text())

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from checkpoints_convert.__main__ import main as convert
 from re2tal_jax.errors import CheckpointError, ConfigError
 from re2tal_jax.experiment import draw_blueprint
 from re2tal_jax.modes import MODES
@@ -179,6 +180,24 @@ def test_training_starts_from_the_backbone_of_another_run(tmp_path, trained, con
     run_mode("train", config, tmp_path)
     given, started = load_params(trained, "ema"), load_params(tmp_path, "raw")
     differ = {path for path in given if not np.array_equal(started[path], given[path])}
+    assert {path.split(".")[0] for path in differ} == {"localizer", "snippet_head"}
+
+
+def test_a_converted_backbone_trains_and_a_converted_detector_is_evaluated(tmp_path, trained, config, caplog):
+    """A run's parameters, written as PyTorch's and converted back, give what the run gave."""
+    (tmp_path / "config.py").write_text(f"def get_config():\n    return {config!r}\n")
+    export = [str(trained), "--to", "torch", "--dialect", "re2tal", "--out", str(tmp_path / "run.safetensors")]
+    assert convert(export) == 0
+    source, model = str(tmp_path / "run.safetensors"), str(tmp_path / "config.py")
+    assert convert([source, "--model", model, "--out", str(tmp_path / "converted")]) == 0
+    caplog.set_level("INFO")
+    run_mode("eval", config, tmp_path / "converted")
+    predictions = (tmp_path / "converted" / "predictions.json").read_bytes()
+    assert predictions == (trained / "predictions.json").read_bytes()
+    started = changed(config, backbone__checkpoint=str(tmp_path / "converted"), loop__stop__steps=1)
+    run_mode("train", started, tmp_path / "run")
+    given, after = load_params(trained, "ema"), load_params(tmp_path / "run", "raw")
+    differ = {path for path in given if not np.array_equal(after[path], given[path])}
     assert {path.split(".")[0] for path in differ} == {"localizer", "snippet_head"}
 
 

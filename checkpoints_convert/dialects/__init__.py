@@ -12,6 +12,7 @@ LOCALIZER = Ignored(
     r"(projection|neck|rpn_head|roi_head)\..*",
     "the localizer; name a config file as the model to convert the whole detector",
 )
+OURS = {"snippet_head.": "the head of the auxiliary loss, ours alone and not needed to detect"}
 OPENTAD_BACKBONE = "backbone.model.backbone."  # how OpenTAD's detectors call the network inside wrapper and recogniser
 
 
