@@ -70,3 +70,6 @@ class _Recorder:
     ) -> State:
         self.records.append(diagnose_chain(self.wiring, branches, x, key=key, aux=aux))
         return self.wiring(branches, x, key=key, aux=aux)
+
+    def join(self, branch: Branch, x: Any, shortcut: State, **named: Any) -> State:
+        return self.wiring.join(branch, x, shortcut, **named)

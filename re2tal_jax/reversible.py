@@ -50,6 +50,10 @@ class Branch(Protocol):
     precision. `key` is this branch's own (None: evaluation), `aux` is shared by the chain. Called again with the same
     arguments it gives the same value. A branch that has a method `tiles(shape) -> Tiles` is run tile by tile, in place,
     and gets the tile's number as a further keyword `tile`.
+
+    A block of the pretrained network may be more than F(x) + x: in a ResNet a ReLU follows the sum, and rewiring moves
+    it into F. A branch whose block is so has a method `ordinary(x, shortcut, *, key, aux)` that returns the block's own
+    form, relu(shortcut + …), in shortcut's shape and dtype. Only PLAIN runs it.
     """
 
     def __call__(self, x: State, *, key: PRNGKeyArray | None, aux: Any) -> State:
@@ -63,7 +67,8 @@ class Wiring:
     """The coefficients of a chain; call it to run branches as that chain.
 
     `alpha` and `beta` may be traced scalars that change from step to step (Dr2Net). `reversible=False` is the twin that
-    stores what autodiff stores: the same function and gradients with ordinary memory.
+    stores what autodiff stores: the same function and gradients with ordinary memory. Among those the numbers (1, 0),
+    PLAIN, are the pretrained network itself: branches that know their ordinary form run it, all others the recurrence.
     """
 
     alpha: float | Float[Array, ""] = 0.0
@@ -87,8 +92,29 @@ class Wiring:
             )
         repeats, runs, x = make_runs(branches, x, key, aux)
         alpha, beta = jnp.asarray(self.alpha, x.dtype), jnp.asarray(self.beta, x.dtype)
-        last, before = (_reversible_chain if self.reversible else _chain)(repeats, runs, x, alpha, beta, aux)
+        chain = _reversible_chain if self.reversible else _plain_chain if self.is_plain else _chain
+        last, before = chain(repeats, runs, x, alpha, beta, aux)
         return (last + beta * before) / (1 + beta)
+
+    def join(
+        self, branch: Branch, x: Any, shortcut: State, *, key: PRNGKeyArray | None = None, aux: Any = None
+    ) -> State:
+        """Return shortcut + F(x), a state like `shortcut`, for a block that changes the resolution.
+
+        Such a block is in no chain: x and its projection `shortcut` differ in shape, so there is nothing to invert, and
+        autodiff stores what it needs.
+        """
+        ordinary = getattr(branch, "ordinary", None)
+        if self.is_plain and ordinary is not None:
+            return ordinary(x, shortcut, key=key, aux=aux)
+        return shortcut + widen(branch(x, key=key, aux=aux), shortcut.dtype)
+
+    @property
+    def is_plain(self) -> bool:
+        """Tell whether this is the pretrained network; a traced scalar is not known to be 1 or 0."""
+        if not (isinstance(self.alpha, int | float) and isinstance(self.beta, int | float)):
+            return False
+        return not self.reversible and self.alpha == 1 and self.beta == 0
 
 
 PLAIN = Wiring(alpha=1.0, beta=0.0, reversible=False)
@@ -123,6 +149,14 @@ def step(states: Any, link: Any, alpha: Array, beta: Array, aux: Any) -> Any:
         return write(previous, increment + beta * read(previous))
 
     return _over_tiles(branch, current.shape, body, previous), current
+
+
+def plain_step(states: Any, link: Any, alpha: Array, beta: Array, aux: Any) -> Any:
+    """(s_i, s_{i-1}) -> (s_{i+1}, s_i) at (1, 0), s_{i+1} in the block's own form if the branch has one."""
+    current, (branch, key) = states[0], link
+    if not hasattr(branch, "ordinary"):
+        return step(states, link, alpha, beta, aux)
+    return branch.ordinary(current, current, key=key, aux=aux), current
 
 
 def step_back(states: Any, dstates: Any, link: Any, alpha: Array, beta: Array, aux: Any) -> Any:
@@ -162,7 +196,7 @@ def _over_tiles(branch: Branch, shape: tuple[int, ...], body: Any, carry: Any) -
 def _increment(branch: Branch, x: State, alpha: Array, aux: Any, key: Any, tile: dict[str, Array]) -> State:
     """F(x) + alpha * x, put on the grid if F computes in less than the state's precision."""
     result = branch(x, key=key, aux=aux, **tile)
-    increment = result.astype(x.dtype) + alpha * x
+    increment = widen(result, x.dtype) + alpha * x
     return to_grid(increment) if _is_narrower(result, x) else increment
 
 
@@ -176,6 +210,16 @@ def to_grid(x: State) -> State:
 
 
 to_grid.defjvp(lambda primals, tangents: (to_grid(*primals), tangents[0]))
+
+
+def widen(x: Float[Array, "..."], dtype: Any) -> Float[Array, "..."]:
+    """Cast to a dtype of at least as many bits, from values that are rounded as x's own dtype says.
+
+    Compilers skip a rounding that such a cast follows, in some copies of a computation and not in others (XLA's
+    `xla_allow_excess_precision`); what a branch gives without it in one pass alone is not undone exactly.
+    """
+    own, wide = jnp.finfo(x.dtype), x.astype(dtype)
+    return lax.reduce_precision(wide, own.nexp, own.nmant) if own.bits < jnp.finfo(dtype).bits else wide
 
 
 def _is_narrow(link: Any, x: State, aux: Any) -> bool:
@@ -210,10 +254,18 @@ def make_runs(branches: Sequence[Branch], x: State, key: PRNGKeyArray | None, au
 
 def _chain(repeats: tuple[int, ...], runs: Any, x: State, alpha: Array, beta: Array, aux: Any) -> Any:
     """Return (s_n, s_{n-1})."""
+    return _repeat(functools.partial(step, alpha=alpha, beta=beta, aux=aux), repeats, runs, x)
 
+
+def _plain_chain(repeats: tuple[int, ...], runs: Any, x: State, alpha: Array, beta: Array, aux: Any) -> Any:
+    """Return (s_n, s_{n-1}) of the pretrained network."""
+    return _repeat(functools.partial(plain_step, alpha=alpha, beta=beta, aux=aux), repeats, runs, x)
+
+
+def _repeat(one_step: Any, repeats: tuple[int, ...], runs: Any, x: State) -> Any:
     def body(states, run):
         for link in run:
-            states = step(states, link, alpha, beta, aux)
+            states = one_step(states, link)
         return states, None
 
     states = (x, x)

@@ -16,6 +16,9 @@ from re2tal_jax.reversible import PLAIN, REWIRED, rewire
 
 SMALL: dict[str, dict[str, Any]] = {  # by the beginning of the name: arguments of a network that runs in a moment
     "video_swin": {"embed_dim": 4, "depths": (2, 1), "num_heads": (1, 2), "window_size": (2, 3, 3)},
+    "slowfast": {"depths": (2, 1), "base_channels": 8, "slow_inflate": (0, 1), "fast_inflate": (1, 1)},
+    "slowonly": {"depths": (2, 1), "base_channels": 4, "inflate": (0, 1)},
+    "vit": {"patch_size": 8, "embed_dim": 8, "depth": 2, "num_heads": 2, "num_frames": 4, "image_size": 16},
 }
 VIDEO = (2, 8, 24, 32, 3)
 
@@ -40,6 +43,11 @@ def apply(graph: nnx.GraphDef, state: nnx.State, video: jax.Array) -> Any:
 def run(model: nnx.Module, video: jax.Array) -> Any:
     """Features and intermediates; compiled once for each structure."""
     return apply(*nnx.split(model), video)
+
+
+def pathways(features: Any) -> tuple[Any, ...]:
+    """The features of every pathway; most backbones have one."""
+    return features if isinstance(features, tuple) else (features,)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -71,12 +79,16 @@ def test_published_form_is_built_with_parameters_alone(variant: str):
 
 def test_features_have_the_announced_shape(plain, video):
     features, named = run(plain, video)
-    assert features.shape[:2] == (VIDEO[0], VIDEO[1] // plain.temporal_stride)
-    assert features.shape[-1] == plain.out_channels
-    assert features.ndim == 5
-    assert features.dtype == jnp.float32
+    assert isinstance(features, tuple) == isinstance(plain.temporal_stride, tuple)
+    strides = plain.temporal_stride if isinstance(plain.temporal_stride, tuple) else (plain.temporal_stride,)
+    for feature, stride in zip(pathways(features), strides, strict=True):
+        assert feature.shape[:2] == (VIDEO[0], VIDEO[1] // stride)
+        assert feature.ndim == 5
+        assert feature.dtype == jnp.float32
+    assert sum(feature.shape[-1] for feature in pathways(features)) == plain.out_channels
     assert named
-    assert jax.eval_shape(plain, video).shape == features.shape
+    called = jax.eval_shape(plain, video)
+    assert [f.shape for f in pathways(called)] == [f.shape for f in pathways(features)]
 
 
 def test_plain_and_rewired_have_the_same_parameters(name, plain):
@@ -92,19 +104,26 @@ def test_rewiring_changes_the_function_and_the_way_back_restores_it(plain, video
     features, _ = run(plain, video)
     rewired = rewire(plain)
     assert all(a is b for a, b in zip(flatten(plain).values(), flatten(rewired).values(), strict=True))
-    assert jnp.abs(run(rewired, video)[0] - features).max() > 1e-3
-    np.testing.assert_array_equal(run(rewire(rewired, PLAIN), video)[0], features)
+    restored, _ = run(rewire(rewired, PLAIN), video)
+    for before, between, after in zip(
+        pathways(features), pathways(run(rewired, video)[0]), pathways(restored), strict=True
+    ):
+        assert jnp.abs(between - before).max() > 1e-3
+        np.testing.assert_array_equal(after, before)
 
 
 def test_samples_of_a_batch_do_not_meet(plain, video):
-    one, two = run(plain, video)[0], run(plain, video.at[1].set(-video[1]))[0]
-    np.testing.assert_array_equal(one[0], two[0])
-    assert jnp.abs(one[1] - two[1]).max() > 1e-3
+    features, altered = run(plain, video)[0], run(plain, video.at[1].set(-video[1]))[0]
+    for one, two in zip(pathways(features), pathways(altered), strict=True):
+        np.testing.assert_array_equal(one[0], two[0])
+        assert jnp.abs(one[1] - two[1]).max() > 1e-3
 
 
 def test_names_are_those_of_the_registry():
     assert list_backbones() == sorted(BACKBONES)
     assert {"video_swin_tiny", "video_swin_small", "video_swin_base", "video_swin_large"} <= set(BACKBONES)
+    assert {f"{name}_r{layers}" for name in ("slowfast", "slowonly") for layers in (50, 101, 152)} <= set(BACKBONES)
+    assert {"vit_small", "vit_base", "vit_large", "vit_huge", "vit_giant"} <= set(BACKBONES)
 
 
 def test_an_unknown_name_is_answered_with_the_nearest():

@@ -2,14 +2,18 @@
 
 import dataclasses
 import math
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from checkpoints_convert.rules import flatten
+from re2tal_jax.backbones import build_backbone
 from re2tal_jax.errors import ConfigError
 from re2tal_jax.training.optim import (
     Duration,
@@ -56,6 +60,37 @@ def test_recipe_freezes_backbone_norms_and_decays_the_backbone_whole_but_only_ke
         "head.conv.bias": ("localizer_no_decay", 1e-3, 0.0, False),
         "norm.scale": ("localizer_no_decay", 1e-3, 0.0, False),
     }
+
+
+def test_statistics_and_fixed_positions_are_frozen_whatever_the_settings_and_only_where_they_exist():
+    norm = "backbone.fast.stem.norm"
+    constants = {f"{norm}.mean": (4,), f"{norm}.var": (4,), "backbone.pos_embed": (8, 4)}
+    rules = recipe_rules(backbone_lr=1e-5, localizer_lr=1e-3, weight_decay=0.05, freeze_backbone_norms=False)
+    assigned = assign_rules({**SHAPES, **constants}, rules)
+    groups = {path: (r.name, r.frozen, r.weight_decay) for path, r in assigned.items()}
+    assert {groups[path] for path in constants} == {("backbone_constants", True, 0.0)}
+    assert not any(frozen for path, (_, frozen, _) in groups.items() if path not in constants)
+    assert "backbone_constants" not in {r.name for r in assign_rules(SHAPES, rules).values()}
+
+
+def test_an_optional_rule_alone_may_match_nothing(caplog):
+    caplog.set_level("INFO")
+    none = rule("none", "^head$")
+    assign_rules({"a": (1,)}, (dataclasses.replace(none, optional=True), rule("all", "")))
+    assert "group none" not in caplog.text
+    with pytest.raises(ConfigError, match=r"rule 'none' .* matches no parameter"):
+        assign_rules({"a": (1,)}, (none, rule("all", "")))
+
+
+def test_slowfast_101_has_416_frozen_norm_tensors_and_as_many_statistics():
+    """104 norms in each pathway: 33 blocks of three, four projections, the stem (REFERENCE section 3, 13)."""
+    backbone = nnx.eval_shape(lambda: build_backbone("slowfast_r101"))
+    shapes = {f"backbone.{path}": leaf.shape for path, leaf in flatten(backbone).items()} | {"head.kernel": (1, 1)}
+    rules = recipe_rules(backbone_lr=1e-5, localizer_lr=1e-3, weight_decay=0.05)
+    assigned = assign_rules(shapes, rules[:-1])
+    counts = Counter((r.name, r.frozen) for path, r in assigned.items() if path.startswith("backbone."))
+    kernels = 2 * (33 * 3 + 4 + 1) + 4  # one beside every norm, and the laterals
+    assert counts == {("backbone_norms", True): 416, ("backbone_constants", True): 416, ("backbone", False): kernels}
 
 
 def test_rules_replay_the_published_groups_and_schedules(parity_dir):

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from re2tal_jax.diagnostics import diagnose, diagnose_chain
-from re2tal_jax.reversible import GRID, PLAIN, REWIRED, Wiring, rewire, to_grid
+from re2tal_jax.reversible import GRID, PLAIN, REWIRED, Wiring, rewire, to_grid, widen
 
 WIDTH = 8
 
@@ -122,6 +122,77 @@ def test_two_branches_rewired_are_the_published_pair_form():
         np.testing.assert_allclose(REWIRED([f, g], x), (y1 + y2) / 2, rtol=1e-12)
 
 
+class Rectified(Residual):
+    """A block that is ordinarily relu(x + f(x)): rewired, F = relu(f)."""
+
+    def __call__(self, x, *, key, aux):
+        return jax.nn.relu(super().__call__(x, key=key, aux=aux))
+
+    def ordinary(self, x, shortcut, *, key, aux):
+        return jax.nn.relu(shortcut + Residual.__call__(self, x, key=key, aux=aux).astype(shortcut.dtype))
+
+
+def rectified_chain(depth: int, dtype=jnp.float64) -> list[Rectified]:
+    rngs = nnx.Rngs(0)
+    return [Rectified(0.0, jnp.tanh, dtype=dtype, rngs=rngs) for _ in range(depth)]
+
+
+def test_plain_wiring_runs_the_ordinary_form_of_branches_that_have_one():
+    with jax.enable_x64(True):
+        (f, g), last, (x, _) = rectified_chain(2), make_chain(1)[0], inputs()
+        y = x
+        for branch in (f, g):
+            y = jax.nn.relu(y + Residual.__call__(branch, y, key=None, aux=None))
+        y = y + last(y, key=None, aux=None)  # one without such a form is F(x) + x
+        np.testing.assert_allclose(PLAIN([f, g, last], x), y, rtol=1e-12)
+        assert not np.allclose(y, Wiring(0.0, 1.0, reversible=False)([f, g, last], x))
+
+
+def test_all_but_the_plain_wiring_run_the_recurrence_of_branches_with_an_ordinary_form():
+    """Traced coefficients are not known to be 1 and 0, and the rewired chain never needs the ordinary form."""
+    with jax.enable_x64(True):
+        f, (x, _) = rectified_chain(3), inputs()
+
+        def recurrence(alpha, beta):
+            previous, state = x, x
+            for branch in f:
+                previous, state = state, branch(state, key=None, aux=None) + alpha * state + beta * previous
+            return (state + beta * previous) / (1 + beta)
+
+        traced = jax.jit(lambda alpha, beta: Wiring(alpha, beta, reversible=False)(f, x))(1.0, 0.0)
+        np.testing.assert_allclose(traced, recurrence(1.0, 0.0), rtol=1e-12)
+        np.testing.assert_allclose(Wiring(1.0, 0.5, reversible=False)(f, x), recurrence(1.0, 0.5), rtol=1e-12)
+        np.testing.assert_allclose(REWIRED(f, x), recurrence(0.0, 1.0), rtol=1e-12)
+        assert not np.allclose(PLAIN(f, x), traced)
+
+
+def test_plain_gradient_goes_through_the_ordinary_form():
+    with jax.enable_x64(True):
+        f, (x, _) = rectified_chain(4), inputs()
+
+        def by_hand(branches, x):
+            for branch in branches:
+                x = branch.ordinary(x, x, key=None, aux=None)
+            return jnp.sum(jnp.sin(x))
+
+        got = jax.jit(jax.grad(lambda f, x: jnp.sum(jnp.sin(PLAIN(f, x))), argnums=(0, 1)))(f, x)
+        assert_trees_close(got, jax.grad(by_hand, argnums=(0, 1))(f, x), 1e-12)
+
+
+def test_a_block_with_a_projection_is_joined_in_its_ordinary_form_by_the_plain_wiring_alone():
+    with jax.enable_x64(True):
+        (f,), (g,), (x, _) = rectified_chain(1), make_chain(1), inputs()
+        shortcut = 2 * x + 1
+        inner = Residual.__call__(f, x, key=None, aux=None)
+        np.testing.assert_allclose(PLAIN.join(f, x, shortcut), jax.nn.relu(shortcut + inner), rtol=1e-12)
+        np.testing.assert_allclose(REWIRED.join(f, x, shortcut), shortcut + jax.nn.relu(inner), rtol=1e-12)
+        for wiring in (PLAIN, REWIRED):
+            np.testing.assert_allclose(wiring.join(g, x, shortcut), shortcut + g(x, key=None, aux=None), rtol=1e-12)
+    x, _ = inputs(dtype=jnp.float32)
+    (low,) = rectified_chain(1, jnp.bfloat16)
+    assert REWIRED.join(low, x.astype(jnp.bfloat16), x).dtype == PLAIN.join(low, x, x).dtype == jnp.float32
+
+
 def test_drop_path_differs_by_key_and_is_off_without():
     with jax.enable_x64(True):
         f, (x, _) = make_chain(6), inputs()
@@ -171,6 +242,15 @@ def test_grid_rounds_to_the_nearest_step_and_passes_gradients_through():
     x = jnp.asarray([0.3, -1.00004, 1000.00001], jnp.float32)
     np.testing.assert_allclose(to_grid(x), x, atol=0.5 / GRID)
     np.testing.assert_array_equal(jax.grad(lambda x: to_grid(x).sum())(x), jnp.ones(3))
+
+
+def test_a_widened_number_keeps_the_rounding_that_compilers_skip():
+    """In bfloat16 3 + 0.0123 is 3.015625; the control shows the compiled sum without its rounding."""
+    a, b = jnp.asarray([3.0, 1.0], jnp.bfloat16), jnp.asarray([0.0123, 0.001], jnp.bfloat16)
+    np.testing.assert_array_equal(jax.jit(lambda a, b: widen(a + b, jnp.float32))(a, b), [3.015625, 1.0])
+    control = jax.jit(lambda a, b: (a + b).astype(jnp.float32))
+    assert jnp.all(control(a, b) != jnp.float32([3.015625, 1.0]))
+    assert widen(a, jnp.bfloat16) is a
 
 
 @dataclass(frozen=True)

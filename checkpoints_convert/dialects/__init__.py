@@ -3,7 +3,7 @@
 To add one: a `Dialect` in the file of its network (a new file needs its line here), and a sample in its tests.
 """
 
-from checkpoints_convert.dialects import actionformer, slowfast, video_swin, vit
+from checkpoints_convert.dialects import actionformer, slowfast, video_swin, vit, vsgn
 from checkpoints_convert.dialects.dialect import Dialect
 from checkpoints_convert.rules import Ignored, Rules
 
@@ -17,8 +17,9 @@ OPENTAD_BACKBONE = "backbone.model.backbone."  # how OpenTAD's detectors call th
 
 
 def detector_rules(backbone: Dialect) -> Rules:
-    """Return the names of a whole OpenTAD detector with ActionFormer whose backbone speaks the given dialect."""
-    parts = backbone.inside(OPENTAD_BACKBONE, "backbone."), actionformer.OPENTAD.inside("", "localizer.")
+    """Return the names of a whole OpenTAD detector whose backbone speaks the given dialect, with any localizer."""
+    parts = [backbone.inside(OPENTAD_BACKBONE, "backbone.")]
+    parts += [localizer.OPENTAD.inside("", "localizer.") for localizer in (actionformer, vsgn)]
     return Rules(sum((part.rules for part in parts), ()), sum((part.ignored for part in parts), ()))
 
 

@@ -1,18 +1,19 @@
 """Video backbones by name; each serves the ordinary and the rewired network from the same parameters.
 
-Contract: `backbone(video, *, key=None)` maps a normalised video (B, F, H, W, C) to features (B, T, h, w, D);
-`.intermediates(video)` returns them with a dict of what the stages gave; `out_channels`, `temporal_stride` (frames per
-feature) and `wiring` are attributes. Without a key nothing is random.
+Contract: `backbone(video, *, key=None)` maps a normalised video (B, F, H, W, C) to features (B, T, h, w, D), or to a
+tuple of such features, one a pathway; `.intermediates(video)` returns them with a dict of what the stages gave.
+`temporal_stride` (frames per feature; a tuple where features are one), `out_channels` (D, of all pathways together) and
+`wiring` are attributes. Without a key nothing is random.
 """
 
 from typing import Any
 
 from flax import nnx
 
-from re2tal_jax.backbones import video_swin
+from re2tal_jax.backbones import resnet3d, slowfast, video_swin, vit
 from re2tal_jax.registry import Registry
 
-BACKBONES = Registry("backbone", video_swin.VARIANTS)
+BACKBONES = Registry("backbone", video_swin.VARIANTS, slowfast.VARIANTS, resnet3d.VARIANTS, vit.VARIANTS)
 
 
 def list_backbones() -> list[str]:

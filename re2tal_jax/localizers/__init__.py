@@ -14,7 +14,7 @@ Every localizer is an `nnx.Module`, constructed as `(in_channels, num_classes, *
 All of them are pure, have static shapes, work under `jax.jit`, and give finite values and gradients for every mask,
 also for a sample without a single real snippet. Impossible settings raise ConfigError at construction.
 
-To add one: a file with `VARIANTS` (name -> factory) and `TORCH_NAMES`, and its line below; the contract tests run over
+To add one: a file with `VARIANTS` (name -> factory), and its line below; the contract tests run over
 every entry.
 """
 
@@ -22,10 +22,10 @@ from typing import Any
 
 from flax import nnx
 
-from re2tal_jax.localizers import actionformer
+from re2tal_jax.localizers import actionformer, vsgn
 from re2tal_jax.registry import Registry
 
-LOCALIZERS = Registry("localizer", actionformer.VARIANTS)
+LOCALIZERS = Registry("localizer", actionformer.VARIANTS, vsgn.VARIANTS)
 
 
 def list_localizers() -> list[str]:

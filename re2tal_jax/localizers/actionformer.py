@@ -17,6 +17,7 @@ from re2tal_jax.backbones.layers import LayerNorm
 from re2tal_jax.errors import ConfigError
 from re2tal_jax.localizers.checks import (
     check_architecture,
+    check_inputs,
     check_positive,
     check_rates,
     check_targets,
@@ -178,7 +179,8 @@ class ActionFormer(nnx.Module):
 
         Raises ConfigError for features of another width or a mask of another shape.
         """
-        self._check_inputs(features, mask, training=key is not None)
+        check_inputs(features, mask, self.in_channels)
+        self._check_length(features.shape[1], training=key is not None)
         tail = self.padded_length(features.shape[1]) - features.shape[1]
         x = jnp.pad(features, [(0, 0), (0, tail), (0, 0)])
         mask = jnp.pad(mask, [(0, 0), (0, tail)])
@@ -257,15 +259,10 @@ class ActionFormer(nnx.Module):
         scores = jax.nn.sigmoid(jnp.concatenate(outputs.logits, axis=1))
         return proposals, scores, jnp.concatenate(outputs.masks, axis=1)
 
-    def _check_inputs(self, features: Array, mask: Array, *, training: bool) -> None:
-        if features.ndim != 3 or features.shape[-1] != self.in_channels or mask.shape != features.shape[:2]:
+    def _check_length(self, length: int, *, training: bool) -> None:
+        if training and self.use_abs_pos and length > self.max_seq_len:
             raise ConfigError(
-                f"features {features.shape} with mask {mask.shape}: expected (B, T, {self.in_channels}) with (B, T)."
-                " Set the localizer's in_channels to the backbone's channels."
-            )
-        if training and self.use_abs_pos and features.shape[1] > self.max_seq_len:
-            raise ConfigError(
-                f"{features.shape[1]} snippets are more than max_seq_len = {self.max_seq_len}, and position codes are"
+                f"{length} snippets are more than max_seq_len = {self.max_seq_len}, and position codes are"
                 " interpolated in evaluation only. Raise max_seq_len or train on shorter windows."
             )
 

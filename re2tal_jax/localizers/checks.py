@@ -1,8 +1,19 @@
-"""Settings of a localizer that cannot run, refused at construction with the values and the fix (ConfigError)."""
+"""Settings and inputs that a localizer cannot run with, refused with the values and the fix (ConfigError)."""
 
 import math
 
+from jaxtyping import Array
+
 from re2tal_jax.errors import ConfigError
+
+
+def check_inputs(features: Array, mask: Array, in_channels: int) -> None:
+    """Refuse features (B, T, C) of another width and a mask of another shape."""
+    if features.ndim != 3 or features.shape[-1] != in_channels or mask.shape != features.shape[:2]:
+        raise ConfigError(
+            f"features {features.shape} with mask {mask.shape}: expected (B, T, {in_channels}) with (B, T)."
+            " Set the localizer's in_channels to the backbone's channels."
+        )
 
 
 def level_windows(window: int | tuple[int, ...], arch: tuple[int, int, int]) -> tuple[int, ...]:

@@ -20,7 +20,7 @@ from re2tal_jax.training.checkpoint import Checkpoints, write_config
 from re2tal_jax.training.header import log_header
 from re2tal_jax.training.interrupt import Leave, StopSignals
 from re2tal_jax.training.metrics import MetricWriter, Progress, memory_estimate
-from re2tal_jax.training.optim import Duration, Params
+from re2tal_jax.training.optim import CONSTANTS, Duration, Params
 from re2tal_jax.training.sharding import put_batch
 from re2tal_jax.training.state import StateSpec, TrainState
 from re2tal_jax.types import Batch
@@ -137,7 +137,8 @@ class Run:
 
     def _warn_of_frozen_noise(self) -> None:
         given = self.initial or {}
-        frozen = [row.path for row in self.spec.optimizer.table() if row.frozen and row.path not in given]
+        rows = [row for row in self.spec.optimizer.table() if row.frozen and row.group != CONSTANTS]
+        frozen = [row.path for row in rows if row.path not in given]
         if frozen:
             log.warning(
                 "%d frozen parameters, such as %s, keep the values they are drawn with: recipes that freeze norms "

@@ -24,7 +24,9 @@ log = logging.getLogger(__name__)
 Params = dict[str, Array]
 LearningRate = Callable[[Int[Array, "..."], Float[Array, "..."]], Float[Array, "..."]]
 
-BACKBONE_NORMS = r"^backbone\.(.*\.)?[^.]*(norm|bn|ln)[^.]*\.(scale|bias|mean|var)$"
+BACKBONE_NORMS = r"^backbone\.(.*\.)?[^.]*(norm|bn|ln)[^.]*\.(scale|bias)$"
+CONSTANTS = "backbone_constants"
+BACKBONE_CONSTANTS = r"^backbone\.(.*\.)?([^.]*(norm|bn|ln)[^.]*\.(mean|var)|pos_embed)$"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +56,7 @@ class Rule:
     """One parameter group: the paths in which `pattern` is found, unless an earlier rule took them.
 
     `lr` is the group's peak learning rate. `weight_decay` is decoupled: a step subtracts lr * weight_decay * parameter.
+    An `optional` rule may match nothing: it is for parameters that some models have.
     """
 
     name: str
@@ -61,6 +64,7 @@ class Rule:
     lr: float
     weight_decay: float
     frozen: bool = False
+    optional: bool = False
 
     def __post_init__(self):
         try:
@@ -179,13 +183,16 @@ def recipe_rules(
     """Return the groups of the published recipes for a model whose parts are called backbone and localizer.
 
     The backbone decays whole, biases and tables included (by `backbone_weight_decay`, None: as the localizer), and its
-    norms are frozen. Of the localizer only kernels decay; `decay_kernels_only=False`: everything does.
+    norms are frozen. What it keeps but never learns, statistics of batch norms and fixed positions, is frozen whatever
+    the settings. Of the localizer only kernels decay; `decay_kernels_only=False`: everything does.
     `backbone_lr=None`: training on features, there is no backbone.
     """
     rules = []
     if backbone_lr is not None:
         decay = weight_decay if backbone_weight_decay is None else backbone_weight_decay
         backbone = Rule(name="backbone", pattern=r"^backbone\.", lr=backbone_lr, weight_decay=decay)
+        constants = Rule(name=CONSTANTS, pattern=BACKBONE_CONSTANTS, lr=0, weight_decay=0, frozen=True, optional=True)
+        rules.append(constants)
         if freeze_backbone_norms:
             rules.append(dataclasses.replace(backbone, name="backbone_norms", pattern=BACKBONE_NORMS, frozen=True))
         rules.append(backbone)
@@ -202,13 +209,15 @@ def assign_rules(shapes: Mapping[str, tuple[int, ...]], rules: tuple[Rule, ...])
 
     Raises:
         ConfigError: two rules of one name, a parameter that no rule matches, or a rule that matches no parameter that
-            an earlier rule left: all of them in one message.
+            an earlier rule left, unless it is optional: all of them in one message.
     """
     assignment = {path: rule for path in shapes for rule in [_first(rules, path)] if rule is not None}
     problems = [f"two rules are called {n!r}" for n in sorted({r.name for r in rules}) if _count(rules, n) > 1]
     problems += [f"no rule matches parameter {path!r}" for path in shapes if path not in assignment]
     for rule in rules:
         matched = [path for path, chosen in assignment.items() if chosen is rule]
+        if rule.optional and not matched:
+            continue
         values = sum(math.prod(shapes[path]) for path in matched)
         how = "frozen" if rule.frozen else f"lr {rule.lr:g}, weight decay {rule.weight_decay:g}"
         log.info("group %s (%r): %d parameters, %d values, %s", rule.name, rule.pattern, len(matched), values, how)

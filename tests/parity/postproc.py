@@ -50,7 +50,7 @@ def _scores_file(path: Path, content: Mapping[str, Any]) -> Iterator[Row]:
         yield compare(f"{video_id}/best first", scores, sorted(want, reverse=True), 0.0)
 
 
-def _classifier(path: Path, videos: set[str], top_k: int) -> ExternalClassifier:
+def external_classifier(path: Path, videos: set[str], top_k: int) -> ExternalClassifier:
     """The scores file beside `path`, recognised by content, that has the videos asked for."""
     for file in sorted(path.parent.glob("*.json")):
         content = json.loads(file.read_text())
@@ -60,7 +60,7 @@ def _classifier(path: Path, videos: set[str], top_k: int) -> ExternalClassifier:
 
 
 def _cuhk(case: Mapping[str, Any], path: Path) -> Iterator[Row]:
-    classifier = _classifier(path, {case["video"]}, case["topk"])
+    classifier = external_classifier(path, {case["video"]}, case["topk"])
     segments = np.array(case["segs"], np.float32).reshape(-1, 2)
     segments, scores, names = classifier.fuse(case["video"], segments, np.array(case["scores"], np.float32))
     yield compare("segments", segments, np.array(case["out_segs"], np.float32).reshape(-1, 2), 0.0)
@@ -75,18 +75,18 @@ def _seconds(case: Mapping[str, Any], path: Path) -> Iterator[Row]:
 
 def _anet_resize(case: Mapping[str, Any], path: Path) -> Iterator[Row]:
     config = PostprocessConfig(nms=config_of(case["nms"]))
-    classifier = _classifier(path, {meta["video_name"] for meta in case["metas"]}, case["topk"])
+    classifier = external_classifier(path, {meta["video_name"] for meta in case["metas"]}, case["topk"])
     for meta, proposals, scores in zip(case["metas"], case["props"], case["scores"], strict=True):
-        got = _run(proposals, scores, meta, config, (), classifier)
-        yield from _same_detections(meta["video_name"], got, case["results"][meta["video_name"]])
+        got = run_postprocess(proposals, scores, meta, config, (), classifier)
+        yield from same_detections(meta["video_name"], got, case["results"][meta["video_name"]])
 
 
 def _thumos_padding(case: Mapping[str, Any], path: Path) -> Iterator[Row]:
     config = PostprocessConfig(
         nms=config_of(case["nms"]), pre_nms_threshold=case["pre_nms_thresh"], pre_nms_top_k=case["pre_nms_topk"]
     )
-    got = _run(case["props"], case["scores"], case["meta"], config, case["class_map"])
-    yield from _same_detections(case["meta"]["video_name"], got, case["results"][case["meta"]["video_name"]])
+    got = run_postprocess(case["props"], case["scores"], case["meta"], config, case["class_map"])
+    yield from same_detections(case["meta"]["video_name"], got, case["results"][case["meta"]["video_name"]])
 
 
 def _thumos_sliding(case: Mapping[str, Any], path: Path) -> Iterator[Row]:
@@ -99,12 +99,12 @@ def _thumos_sliding(case: Mapping[str, Any], path: Path) -> Iterator[Row]:
     recorded: dict[str, list[Detections]] = {}
     for i, window in enumerate(case["windows"]):
         video_id = window["meta"]["video_name"]
-        got = _run(window["props"], window["scores"], window["meta"], config, case["class_map"])
-        yield from _same_detections(f"windows[{i}]", got, window["results"][video_id])
+        got = run_postprocess(window["props"], window["scores"], window["meta"], config, case["class_map"])
+        yield from same_detections(f"windows[{i}]", got, window["results"][video_id])
         recorded.setdefault(video_id, []).append(_detections(window["results"][video_id]))
     final = gather(recorded, config)
     for video_id, want in case["final"].items():
-        yield from _same_detections(f"final {video_id}", final[video_id], want)
+        yield from same_detections(f"final {video_id}", final[video_id], want)
 
 
 SECTIONS = {
@@ -127,7 +127,7 @@ def _grid(meta: Mapping[str, Any]) -> SnippetGrid:
     )
 
 
-def _run(
+def run_postprocess(
     proposals: Sequence[Any],
     scores: Sequence[Any],
     meta: Mapping[str, Any],
@@ -149,7 +149,7 @@ def _detections(entries: Sequence[Mapping[str, Any]]) -> Detections:
     )
 
 
-def _same_detections(name: str, got: Detections, entries: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
+def same_detections(name: str, got: Detections, entries: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
     """The same set: every recorded detection has its own among ours, same label, within rounding; best first."""
     want = _detections(entries)
     yield compare(f"{name}/count", len(got), len(want), 0.0)
