@@ -267,7 +267,7 @@ def _reading(directory: Path, step: int | str) -> Iterator[tuple[ocp.CheckpointM
         directory = directory / "checkpoints"
     if not directory.is_dir():
         raise CheckpointError(
-            f"{directory} is no folder: give a run's workdir, its checkpoints folder, or a folder that a conversion wrote."
+            f"{directory} is no folder: give a run's workdir, its checkpoints folder, or one that a conversion wrote."
         )
     with _open(directory, CheckpointConfig(), write=False) as manager:
         named = {"latest": manager.latest_step, "best": lambda: _best_step(manager)}
