@@ -65,11 +65,15 @@ class _Recorder:
         self.wiring = wiring
         self.records: list[ChainDiagnostics] = []
 
-    def __call__(
-        self, branches: Sequence[Branch], x: State, *, key: PRNGKeyArray | None = None, aux: Any = None
-    ) -> State:
-        self.records.append(diagnose_chain(self.wiring, branches, x, key=key, aux=aux))
-        return self.wiring(branches, x, key=key, aux=aux)
+    def __call__(self, branches: Sequence[Branch], x: State, **named: Any) -> State:
+        return self.mean(*self.states(branches, x, **named))
+
+    def states(self, branches: Sequence[Branch], x: State, **named: Any) -> tuple[State, State]:
+        self.records.append(diagnose_chain(self.wiring, branches, x, **named))
+        return self.wiring.states(branches, x, **named)
+
+    def mean(self, last: State, before: State) -> State:
+        return self.wiring.mean(last, before)
 
     def join(self, branch: Branch, x: Any, shortcut: State, **named: Any) -> State:
         return self.wiring.join(branch, x, shortcut, **named)

@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
@@ -48,8 +49,11 @@ class Branch(Protocol):
 
     It returns an array of its input's shape; a result of lower precision than the state tells that it computes in that
     precision. `key` is this branch's own (None: evaluation), `aux` is shared by the chain. Called again with the same
-    arguments it gives the same value. A branch that has a method `tiles(shape) -> Tiles` is run tile by tile, in place,
-    and gets the tile's number as a further keyword `tile`.
+    arguments it gives the same value.
+
+    A reversible chain runs a branch that has a method `tiles(shape) -> Tiles` tile by tile, in place: it is called with
+    what `read` gives of the state, and the tile's number as a further keyword `tile`. What follows from its parameters
+    alone is computed once for all tiles, if a method `prepare()` returns the branch with it.
 
     A block of the pretrained network may be more than F(x) + x: in a ResNet a ReLU follows the sum, and rewiring moves
     it into F. A branch whose block is so has a method `ordinary(x, shortcut, *, key, aux)` that returns the block's own
@@ -78,7 +82,7 @@ class Wiring:
     def __call__(
         self, branches: Sequence[Branch], x: State, *, key: PRNGKeyArray | None = None, aux: Any = None
     ) -> State:
-        """Run `branches` in order from x and return (s_n + beta * s_{n-1}) / (1 + beta), a state like x.
+        """Run `branches` in order from x and return the `mean` of the last two states, a state like x.
 
         x is float32 where branches compute in lower precision. `key` gives each branch its own; None switches
         randomness off. The float leaves of the pytree `aux` are differentiated.
@@ -86,14 +90,26 @@ class Wiring:
         Raises:
             ConfigError: a reversible chain whose beta is not positive.
         """
+        return self.mean(*self.states(branches, x, key=key, aux=aux))
+
+    def states(
+        self, branches: Sequence[Branch], x: State, *, key: PRNGKeyArray | None = None, aux: Any = None
+    ) -> tuple[State, State]:
+        """Run `branches` and return the last two states, for what takes their `mean` piece by piece."""
         if self.reversible and isinstance(self.beta, int | float) and not self.beta > 0:
             raise ConfigError(
                 f"beta = {self.beta} has no inverse here; allowed: beta > 0, or reversible=False (the wiring PLAIN)."
             )
         repeats, runs, x = make_runs(branches, x, key, aux)
         alpha, beta = jnp.asarray(self.alpha, x.dtype), jnp.asarray(self.beta, x.dtype)
-        chain = _reversible_chain if self.reversible else _plain_chain if self.is_plain else _chain
-        last, before = chain(repeats, runs, x, alpha, beta, aux)
+        chain = _reversible_chain if self.reversible else _plain_chain if self.is_plain else _twin_chain
+        return chain(repeats, runs, x, alpha, beta, aux)
+
+    def mean(self, last: State, before: State) -> State:
+        """Return what a chain hands on of its last two states: (s_n + beta * s_{n-1}) / (1 + beta)."""
+        if self.is_plain:
+            return last
+        beta = jnp.asarray(self.beta, last.dtype)
         return (last + beta * before) / (1 + beta)
 
     def join(
@@ -139,23 +155,24 @@ def rewire(module: M, wiring: Wiring = REWIRED) -> M:
 # ---- One step, forward and back. A link is a branch with its key; a branch without tiles is one tile.
 
 
-def step(states: Any, link: Any, alpha: Array, beta: Array, aux: Any) -> Any:
+def step(states: Any, link: Any, alpha: Array, beta: Array, aux: Any, *, tiled: bool = True) -> Any:
     """(s_i, s_{i-1}) -> (s_{i+1}, s_i), written over s_{i-1} tile by tile."""
     current, previous = states
     branch, key = link
+    branch = _prepare(branch)
 
     def body(previous, read, write, tile):
         increment = _increment(branch, read(current), alpha, aux, key, tile)
         return write(previous, increment + beta * read(previous))
 
-    return _over_tiles(branch, current.shape, body, previous), current
+    return _over_tiles(branch if tiled else None, current.shape, body, previous), current
 
 
 def plain_step(states: Any, link: Any, alpha: Array, beta: Array, aux: Any) -> Any:
     """(s_i, s_{i-1}) -> (s_{i+1}, s_i) at (1, 0), s_{i+1} in the block's own form if the branch has one."""
     current, (branch, key) = states[0], link
     if not hasattr(branch, "ordinary"):
-        return step(states, link, alpha, beta, aux)
+        return step(states, link, alpha, beta, aux, tiled=False)
     return branch.ordinary(current, current, key=key, aux=aux), current
 
 
@@ -164,6 +181,7 @@ def step_back(states: Any, dstates: Any, link: Any, alpha: Array, beta: Array, a
     following, current = states
     dfollowing, dcurrent = dstates
     branch, key = link
+    branch, unprepare = _prepare_back(branch)
 
     def body(carry, read, write, tile):
         following, dcurrent, gradients = carry
@@ -176,15 +194,33 @@ def step_back(states: Any, dstates: Any, link: Any, alpha: Array, beta: Array, a
         return write(following, previous), write(dcurrent, read(dcurrent) + dx), jax.tree.map(jnp.add, gradients, more)
 
     zeros = jax.tree.map(jnp.zeros_like, _differentiable((branch, alpha, beta, aux)))
-    previous, dcurrent, gradients = _over_tiles(branch, current.shape, body, (following, dcurrent, zeros))
-    return (current, previous), (dcurrent, beta * dfollowing), gradients
+    previous, dcurrent, (dbranch, *more) = _over_tiles(branch, current.shape, body, (following, dcurrent, zeros))
+    return (current, previous), (dcurrent, beta * dfollowing), (unprepare(dbranch), *more)
 
 
-def _over_tiles(branch: Branch, shape: tuple[int, ...], body: Any, carry: Any) -> Any:
-    """Return body(carry, read, write, tile) applied for every tile of the branch in turn."""
-    if not hasattr(branch, "tiles"):
+def _prepare(branch: Any) -> Any:
+    """Return the branch with what follows from its parameters alone."""
+    return branch.prepare() if hasattr(branch, "prepare") else branch
+
+
+def _prepare_back(branch: Any) -> tuple[Any, Any]:
+    """Return the prepared branch, and what makes cotangents of the branch from its."""
+    if not hasattr(branch, "prepare"):
+        return branch, lambda dbranch: dbranch
+    prepared, pull = jax.vjp(_prepare, branch)
+
+    def unprepare(dprepared: Any) -> Any:
+        full = jax.tree.map(lambda p, d: np.zeros(p.shape, jax.dtypes.float0) if d is None else d, prepared, dprepared)
+        return _differentiable(pull(full)[0])
+
+    return prepared, unprepare
+
+
+def _over_tiles(branch: Any, shape: tuple[int, ...], body: Any, carry: Any) -> Any:
+    """Return body(carry, read, write, tile) applied for every tile of the branch in turn, or once for the whole."""
+    tiles = branch.tiles(shape) if hasattr(branch, "tiles") else None
+    if tiles is None or tiles.count == 1:
         return body(carry, lambda state: state, lambda _, value: value, {})
-    tiles = branch.tiles(shape)
 
     def one(carry, tile):
         read, write = functools.partial(tiles.read, tile=tile), functools.partial(tiles.write, tile=tile)
@@ -227,10 +263,7 @@ def _is_narrow(link: Any, x: State, aux: Any) -> bool:
 
     def result(link, x, aux):
         branch, key = link
-        if not hasattr(branch, "tiles"):
-            return branch(x, key=key, aux=aux)
-        first = jnp.zeros((), jnp.int32)
-        return branch(branch.tiles(x.shape).read(x, first), key=key, aux=aux, tile=first)
+        return branch(x, key=key, aux=aux)
 
     return _is_narrower(jax.eval_shape(result, link, x, aux), x)
 
@@ -255,6 +288,11 @@ def make_runs(branches: Sequence[Branch], x: State, key: PRNGKeyArray | None, au
 def _chain(repeats: tuple[int, ...], runs: Any, x: State, alpha: Array, beta: Array, aux: Any) -> Any:
     """Return (s_n, s_{n-1})."""
     return _repeat(functools.partial(step, alpha=alpha, beta=beta, aux=aux), repeats, runs, x)
+
+
+def _twin_chain(repeats: tuple[int, ...], runs: Any, x: State, alpha: Array, beta: Array, aux: Any) -> Any:
+    """Return (s_n, s_{n-1}) by whole tensors: autodiff would keep what every tile of every step began with."""
+    return _repeat(functools.partial(step, alpha=alpha, beta=beta, aux=aux, tiled=False), repeats, runs, x)
 
 
 def _plain_chain(repeats: tuple[int, ...], runs: Any, x: State, alpha: Array, beta: Array, aux: Any) -> Any:

@@ -1,6 +1,7 @@
 """The chain: gradients against autodiff of the same recurrence, exact inversion, and memory that does not grow."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -272,14 +273,57 @@ class RowTiles:
 
 
 class Tiled(Residual):
-    """The same residual function, run on two rows at a time and told which."""
+    """The same residual function, run on two rows at a time and told which; it notes how many rows it was given."""
+
+    seen: ClassVar[list[int]] = []
 
     def tiles(self, shape):
         return RowTiles(count=shape[-2] // 2, size=2, offset=1)
 
-    def __call__(self, x, *, key, aux, tile):
-        assert x.shape[-2] == 2
-        return super().__call__(x, key=key, aux=aux) + 0 * tile.astype(x.dtype)
+    def __call__(self, x, *, key, aux, tile=None):
+        self.seen.append(x.shape[-2])
+        assert (x.shape[-2] == 2) == (tile is not None)
+        return super().__call__(x, key=key, aux=aux)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Squaring:
+    """x -> tanh(x @ weight @ weight); the product of weights alone can be prepared."""
+
+    weight: jax.Array
+    square: jax.Array | None = None
+    prepared: ClassVar[list[bool]] = []
+
+    def prepare(self):
+        return replace(self, square=self.weight @ self.weight)
+
+    def __call__(self, x, *, key, aux):
+        self.prepared.append(self.square is not None)
+        return jnp.tanh(x @ (self.weight @ self.weight if self.square is None else self.square))
+
+
+def test_what_is_prepared_once_is_differentiated_to_the_parameters():
+    with jax.enable_x64(True):
+        x = jax.random.normal(jax.random.key(1), (3, WIDTH), jnp.float64)
+        branches = [Squaring(w) for w in jax.random.normal(jax.random.key(2), (4, WIDTH, WIDTH), jnp.float64) / WIDTH]
+
+        def loss(branches, x, reversible):
+            return jnp.sum(jnp.sin(Wiring(0.2, 0.9, reversible)(branches, x)))
+
+        gradients = jax.jit(jax.grad(loss, argnums=(0, 1)), static_argnums=2)
+        found = gradients(branches, x, True)
+        assert True in Squaring.prepared
+        by_hand = jax.grad(lambda b, x: jnp.sum(jnp.sin(unrolled(b, x, 0.2, 0.9))), argnums=(0, 1))(branches, x)
+        assert_trees_close(found, by_hand, 1e-10)
+
+
+def unrolled(branches, x, alpha, beta):
+    """The recurrence as it is written, without the module under test."""
+    last, before = x, x
+    for branch in branches:
+        last, before = branch(last, key=None, aux=None) + alpha * last + beta * before, last
+    return (last + beta * before) / (1 + beta)
 
 
 def test_tiles_in_place_give_the_values_and_gradients_of_whole_tensors():
@@ -295,7 +339,10 @@ def test_tiles_in_place_give_the_values_and_gradients_of_whole_tensors():
 
         want = value_and_grad(whole, False)
         assert_trees_close(value_and_grad(tiled, True), want, 1e-10)
+        assert 2 in Tiled.seen
+        Tiled.seen.clear()
         assert_trees_close(value_and_grad(tiled, False), want, 1e-10)
+        assert set(Tiled.seen) == {6}  # autodiff of the twin would store what every tile began with
 
 
 class Backbone(nnx.Module):

@@ -15,7 +15,8 @@ from checkpoints_convert.dialects.video_swin import MMACTION2, RE2TAL
 from checkpoints_convert.rules import convert_state_dict, fill, flatten
 from re2tal_jax.backbones import build_backbone
 from re2tal_jax.backbones.layers import DropPath, LayerNorm, Mlp, gelu, pad_to_multiple
-from re2tal_jax.backbones.video_swin import VARIANTS, VideoSwin, WindowAttention
+from re2tal_jax.backbones.swin_block import AttentionBranch, Grid, WindowAttention
+from re2tal_jax.backbones.video_swin import VARIANTS, VideoSwin
 from re2tal_jax.backbones.windows import clamp_window, relative_position_index, shift_regions
 from re2tal_jax.errors import ConfigError, DataError
 from re2tal_jax.reversible import Wiring, rewire
@@ -128,10 +129,17 @@ def test_relative_positions_count_from_the_key_to_the_query():
     )
 
 
+def everywhere(*size: int) -> list[jax.Array]:
+    return [jnp.arange(length) for length in size]
+
+
 def test_a_shift_marks_what_came_from_the_other_end():
-    np.testing.assert_array_equal(shift_regions((1, 1, 6), (1, 1, 3), (0, 0, 1)), [[0, 0, 0], [0, 0, 4]])
     np.testing.assert_array_equal(
-        shift_regions((1, 4, 4), (1, 2, 2), (0, 1, 1)), [[0, 0, 0, 0], [0, 4, 0, 4], [0, 0, 2, 2], [0, 4, 2, 6]]
+        shift_regions(everywhere(1, 1, 6), (1, 1, 6), (1, 1, 3), (0, 0, 1)), [[0, 0, 0], [0, 0, 4]]
+    )
+    np.testing.assert_array_equal(
+        shift_regions(everywhere(1, 4, 4), (1, 4, 4), (1, 2, 2), (0, 1, 1)),
+        [[0, 0, 0, 0], [0, 4, 0, 4], [0, 0, 2, 2], [0, 4, 2, 6]],
     )
 
 
@@ -149,7 +157,15 @@ def attended(branch: WindowAttention, *size: int) -> np.ndarray:
     tokens = int(np.prod(size))
     x = jnp.asarray(normal(0, tokens, 2), jnp.float32)
     signs = jnp.sign(x[:, 0] - x[:, 1])  # two channels: the norm leaves +1 and -1
-    run = jax.jit(lambda x: branch(x.reshape(1, *size, 2)).reshape(tokens, 2)[:, 0])
+    window, _ = clamp_window(size, branch.window_size, False)
+    padded = tuple(-(-n // w) * w for n, w in zip(size, window, strict=True))
+    on_grid = AttentionBranch(branch, Grid(size, padded, workspace=1))
+
+    @jax.jit
+    def run(x: jax.Array) -> jax.Array:
+        y = on_grid(pad_to_multiple(x.reshape(1, *size, 2), window))
+        return y[:, : size[0], : size[1], : size[2]].reshape(tokens, 2)[:, 0]
+
     columns = [(run(x) - run(x.at[k].multiply(-1))) / (2 * signs[k]) for k in range(tokens)]
     return np.round(np.stack(columns, -1), 3) + 0.0  # no -0
 
@@ -246,8 +262,9 @@ def test_gelu_is_the_exact_one():
 def test_bfloat16_branches_return_bfloat16_from_float32_parameters():
     model = tiny(dtype=jnp.bfloat16)
     block = model.stages[0].blocks[1]
-    x = jax.ShapeDtypeStruct((1, 3, 5, 5, 4), jnp.float32)
-    for branch in (block.attn, block.mlp, DropPath(block.mlp, jnp.float32(0.1))):
+    x = jax.ShapeDtypeStruct((1, 4, 6, 6, 4), jnp.float32)
+    attention = AttentionBranch(block.attn, Grid((3, 5, 5), (4, 6, 6), workspace=1))
+    for branch in (attention, block.mlp, DropPath(block.mlp, jnp.float32(0.1))):
         assert jax.eval_shape(lambda x, f=branch: f(x, key=jax.random.key(0), aux=None), x).dtype == jnp.bfloat16
     assert {leaf.dtype for leaf in flatten(model).values()} == {jnp.dtype(jnp.float32)}
 

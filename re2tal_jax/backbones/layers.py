@@ -4,7 +4,7 @@ A *branch* is a callable pytree `branch(x, *, key, aux)` that returns an array o
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -118,12 +118,25 @@ class DropPath:
     branch: Any
     rate: Any  # Float[Array, ""], but transformations put placeholders in its place
 
-    def __call__(self, x: Float[Array, "B ..."], *, key: PRNGKeyArray | None, aux: Any) -> Float[Array, "B ..."]:
-        """Run the branch; without a key (evaluation) nothing is dropped."""
+    def tiles(self, shape: tuple[int, ...]) -> Any:
+        """Return the tiles of the branch (None: it has none)."""
+        return self.branch.tiles(shape) if hasattr(self.branch, "tiles") else None
+
+    def prepare(self) -> "DropPath":
+        """Prepare the branch."""
+        return replace(self, branch=self.branch.prepare()) if hasattr(self.branch, "prepare") else self
+
+    def __call__(
+        self, x: Float[Array, "B ..."], *, key: PRNGKeyArray | None, aux: Any, **tile: Any
+    ) -> Float[Array, "B ..."]:
+        """Run the branch; without a key (evaluation) nothing is dropped.
+
+        Tiles hold all samples of a batch, so each of them drops the same ones.
+        """
         if key is None:
-            return self.branch(x, key=None, aux=aux)
+            return self.branch(x, key=None, aux=aux, **tile)
         mask_key, branch_key = jax.random.split(key)
-        y = self.branch(x, key=branch_key, aux=aux)
+        y = self.branch(x, key=branch_key, aux=aux, **tile)
         keep = 1 - jax.lax.stop_gradient(self.rate)
         kept = jax.random.bernoulli(mask_key, keep, (x.shape[0],) + (1,) * (x.ndim - 1))
         precise = y.astype(at_least_float32(y.dtype))  # in bfloat16, 1 / keep would be off by up to 0.4 %

@@ -8,7 +8,6 @@ the published implementation (mmaction2 1.2.0 and OpenTAD's `re2tal_swin.py`), s
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,30 +15,23 @@ import numpy as np
 from einops import rearrange
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from re2tal_jax.backbones.layers import (
     DropPath,
     LayerNorm,
-    Mlp,
     PatchProjection,
     at_least_float32,
     check_dtype,
     pad_to_multiple,
 )
-from re2tal_jax.backbones.windows import (
-    Size,
-    as_size,
-    clamp_window,
-    from_windows,
-    relative_position_index,
-    shift_regions,
-    to_windows,
-)
+from re2tal_jax.backbones.swin_block import AttentionBranch, Block, Grid, MlpBranch
+from re2tal_jax.backbones.windows import Size, as_size, clamp_window
+from re2tal_jax.chunks import count_chunks, in_chunks
 from re2tal_jax.errors import ConfigError, DataError
 from re2tal_jax.reversible import PLAIN, REWIRED, Wiring
 
-MASKED = -100.0  # the reference's logit offset between regions that a shift has made neighbours; not -inf
+States = Float[Array, "B T H W C"]
 
 
 class VideoSwin(nnx.Module):
@@ -61,13 +53,16 @@ class VideoSwin(nnx.Module):
         qkv_bias: bool = True,
         drop_path_rate: float = 0.0,
         in_channels: int = 3,
+        workspace: int = 2**24,
         rewired: bool = True,
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         """Build the parameters (float32); `dtype` is what branches compute in.
 
-        `drop_path_rate` is that of the last block; it grows from 0 linearly with depth.
+        `drop_path_rate` is that of the last block; it grows from 0 linearly with depth. `workspace` bounds the elements
+        that a branch works on at once, for each sample: a reversible chain runs on tiles of the grid. Smaller tiles
+        take less memory; where they are too small, an accelerator is not filled.
 
         Raises:
             ConfigError: sizes that make no network.
@@ -77,7 +72,7 @@ class VideoSwin(nnx.Module):
             raise ConfigError(f"in_channels = {in_channels}: allowed is 1 or more, 3 for RGB.")
         _check(patch_size, embed_dim, depths, num_heads, window_size, mlp_ratio, drop_path_rate)
         self.depths, self.drop_path_rate, self.in_channels = tuple(depths), drop_path_rate, in_channels
-        self.window_size = as_size(window_size)
+        self.window_size, self.workspace = as_size(window_size), workspace
         self.out_channels = embed_dim * 2 ** (len(depths) - 1)
         self.temporal_stride = patch_size[0]
         self.wiring: Wiring = REWIRED if rewired else PLAIN
@@ -110,19 +105,35 @@ class VideoSwin(nnx.Module):
         if video.ndim != 5 or video.shape[-1] != self.in_channels:
             expected = f"(batch, frames, height, width, {self.in_channels})"
             raise DataError(f"Video of shape {video.shape} does not fit the backbone: expected {expected}.")
-        x = self.patch_embed(video)
+        x = self.patch_embed(video, self.workspace)
         named = {"patch_embed": x}
         for i, (stage, rates) in enumerate(zip(self.stages, self.drop_path_rates(), strict=True)):
-            branches = [
-                DropPath(branch, jnp.asarray(rate))
-                for block, rate in zip(stage.blocks, rates, strict=True)
-                for branch in (block.attn, block.mlp)
-            ]
             stage_key = None if key is None else jax.random.fold_in(key, i)
-            x = named[f"layer{i}"] = self.wiring(branches, x, key=stage_key, aux=None)
+            states, x = self._run(stage, rates, x, stage_key)
+            named[f"layer{i}"] = x
             if stage.downsample is not None:
-                x = named[f"downsample{i}"] = stage.downsample(x)
+                x = named[f"downsample{i}"] = stage.downsample.of_states(self.wiring, *states, self.workspace)
         return self.norm(x), named
+
+    def _run(
+        self, stage: "Stage", rates: np.ndarray, x: Float[Array, "B T H W C"], key: PRNGKeyArray | None
+    ) -> tuple[tuple[States, States], States]:
+        """Return the last two states of a stage, and what it hands on.
+
+        The states are padded to whole windows; what is padded stays 0 and is cut off at the end.
+        """
+        size = as_size(x.shape[1:4])
+        window, _ = clamp_window(size, self.window_size, shifted=False)
+        x = pad_to_multiple(x, window)
+        grid = Grid(size, as_size(x.shape[1:4]), self.workspace)
+        branches = [
+            DropPath(branch, jnp.asarray(rate))
+            for block, rate in zip(stage.blocks, rates, strict=True)
+            for branch in (AttentionBranch(block.attn, grid), MlpBranch(block.mlp, grid))
+        ]
+        states = self.wiring.states(branches, x, key=key, aux=None)
+        last, before = (state[:, : size[0], : size[1], : size[2]] for state in states)
+        return (last, before), self.wiring.mean(last, before)
 
     def drop_path_rates(self) -> list[np.ndarray]:
         """Return the rate of every block by stage, float32: linear from 0 to that of the last block.
@@ -141,92 +152,6 @@ class Stage(nnx.Module):
         self.downsample = downsample
 
 
-class Block(nnx.Module):
-    """The two branches of a transformer block; they are residual functions, without the sums around them."""
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        window_size: Size,
-        shifted: bool,
-        mlp_ratio: float,
-        qkv_bias: bool,
-        *,
-        dtype: DTypeLike,
-        rngs: nnx.Rngs,
-    ):
-        self.attn = WindowAttention(dim, num_heads, window_size, shifted, qkv_bias, dtype=dtype, rngs=rngs)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), dtype=dtype, rngs=rngs)
-
-
-class WindowAttention(nnx.Module):
-    """A branch: layer norm, then self-attention inside windows, with a learnt bias for each relative position.
-
-    `shifted` moves the windows by half their size, so that neighbours meet in every other block.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        window_size: Size,
-        shifted: bool,
-        qkv_bias: bool,
-        *,
-        dtype: DTypeLike,
-        rngs: nnx.Rngs,
-    ):
-        self.num_heads, self.window_size, self.shifted = num_heads, window_size, shifted
-        self.norm = LayerNorm(dim, dtype=dtype, rngs=rngs)
-        self.qkv = nnx.Linear(dim, 3 * dim, use_bias=qkv_bias, dtype=dtype, rngs=rngs)
-        self.proj = nnx.Linear(dim, dim, dtype=dtype, rngs=rngs)
-        positions = int(np.prod([2 * w - 1 for w in window_size]))
-        table = jax.nn.initializers.truncated_normal(0.02)(rngs.params(), (positions, num_heads), jnp.float32)
-        self.relative_position_bias = nnx.Param(table)
-
-    def __call__(
-        self, x: Float[Array, "B T H W C"], *, key: PRNGKeyArray | None = None, aux: Any = None
-    ) -> Float[Array, "B T H W C"]:
-        """Map (B, T, H, W, C) to the same shape in the compute dtype."""
-        size = as_size(x.shape[1:4])
-        window, shift = clamp_window(size, self.window_size, self.shifted)
-        y = pad_to_multiple(self.norm(x), window)  # zeros after the norm; they take part in attention, unmasked
-        padded, moved = as_size(y.shape[1:4]), [axis for axis in range(3) if shift[axis]]
-        regions = None
-        if moved:
-            y = jnp.roll(y, [-shift[axis] for axis in moved], [axis + 1 for axis in moved])
-            regions = jnp.tile(shift_regions(padded, window, shift), (x.shape[0], 1))
-        y = self.attend(to_windows(y, window), regions, self.bias(int(np.prod(window))))
-        y = from_windows(y, padded, window)
-        if moved:
-            y = jnp.roll(y, [shift[axis] for axis in moved], [axis + 1 for axis in moved])
-        return y[:, : size[0], : size[1], : size[2]]
-
-    def bias(self, tokens: int) -> Float[Array, "h N N"]:
-        """Return the bias of every head between the first `tokens` positions of a full window.
-
-        For a window clamped in H or W these are not the geometric neighbours; the pretrained weights were trained and
-        are evaluated so.
-        """
-        index = relative_position_index(self.window_size)[:tokens, :tokens]
-        return rearrange(self.relative_position_bias[...][index], "q k h -> h q k")
-
-    def attend(
-        self, x: Float[Array, "n N C"], regions: Int[Array, "n N"] | None, bias: Float[Array, "h N N"]
-    ) -> Float[Array, "n N C"]:
-        """Attend inside each of n windows of N tokens; tokens of different `regions` are kept apart."""
-        q, k, v = rearrange(self.qkv(x), "n t (s h d) -> s n h t d", s=3, h=self.num_heads)
-        precise = at_least_float32(q.dtype)
-        scale = q.shape[-1] ** -0.5
-        logits = jnp.einsum("nhqd,nhkd->nhqk", q * scale, k, preferred_element_type=precise) + bias.astype(precise)
-        if regions is not None:
-            same = regions[:, None, :, None] == regions[:, None, None, :]
-            logits = jnp.where(same, logits, logits + MASKED)
-        weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-        return self.proj(rearrange(jnp.einsum("nhqk,nhkd->nhqd", weights, v), "n h t d -> n t (h d)"))
-
-
 class PatchEmbed(nnx.Module):
     """Cut a video into patches (zeros fill the last ones) and map each to a token, normalised."""
 
@@ -234,9 +159,19 @@ class PatchEmbed(nnx.Module):
         self.proj = PatchProjection(patch_size, in_channels, dim, dtype=dtype, rngs=rngs)
         self.norm = LayerNorm(dim, dtype=at_least_float32(dtype), rngs=rngs)
 
-    def __call__(self, video: Float[Array, "B F H W C"]) -> Float[Array, "B T h w D"]:
+    def __call__(self, video: Float[Array, "B F H W C"], workspace: int) -> Float[Array, "B T h w D"]:
         """Return tokens in at least float32: they start the states of the first stage."""
-        return self.norm(self.proj(pad_to_multiple(video, self.proj.patch_size)))
+        video = pad_to_multiple(video, self.proj.patch_size)
+        patch, dim = self.proj.patch_size, self.norm.scale.shape[0]
+        times = video.shape[1] // patch[0]
+        per_time = 2 * (
+            math.prod(video.shape[2:4]) // math.prod(patch[1:]) * dim + patch[0] * math.prod(video.shape[2:])
+        )
+        return in_chunks(_embed, count_chunks(times, per_time, workspace), self, video)
+
+
+def _embed(embed: PatchEmbed, video: Float[Array, "B F H W C"]) -> Float[Array, "B T h w D"]:
+    return embed.norm(embed.proj(video))
 
 
 class PatchMerging(nnx.Module):
@@ -251,6 +186,16 @@ class PatchMerging(nnx.Module):
         y = pad_to_multiple(x, (1, 2, 2))
         y = rearrange(y, "b t (h y) (w x) c -> b t h w (x y c)", y=2, x=2)  # (0,0) (1,0) (0,1) (1,1): row index first
         return self.reduction(self.norm(y)).astype(x.dtype)
+
+    def of_states(self, wiring: Wiring, last: States, before: States, workspace: int) -> Float[Array, "B T h w D"]:
+        """Return it of the `mean` of a chain's last two states, which is never there as a whole."""
+        times, per_time = last.shape[1], 4 * math.prod(last.shape[2:])
+        return in_chunks(_merge, count_chunks(times, per_time, workspace), (self, wiring), last, before)
+
+
+def _merge(params: tuple[PatchMerging, Wiring], last: States, before: States) -> Float[Array, "B T h w D"]:
+    merging, wiring = params
+    return merging(wiring.mean(last, before))
 
 
 def _check(

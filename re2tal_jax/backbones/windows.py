@@ -23,15 +23,16 @@ def clamp_window(size: Size, window: Size, shifted: bool) -> tuple[Size, Size]:
     return as_size(clamped), as_size(shift)
 
 
-def shift_regions(size: Size, window: Size, shift: Size) -> Int[Array, "n N"]:
-    """Number the regions that a cyclic shift has joined, for the n windows of a padded, shifted input.
+def shift_regions(positions: Sequence[Int[Array, " _"]], size: Size, window: Size, shift: Size) -> Int[Array, "n N"]:
+    """Number the regions that a cyclic shift has joined, for the n windows of a part of a padded, shifted input.
 
     Along a shifted axis the last `shift` positions came from the other end; an axis that is not shifted splits nothing.
+    `positions` are those of the part in the shifted input of `size`, along each axis.
     """
-    regions = jnp.zeros(size, jnp.int32)
-    for axis, (length, moved) in enumerate(zip(size, shift, strict=True)):
+    regions = jnp.zeros([len(along) for along in positions], jnp.int32)
+    for axis, (along, length, moved) in enumerate(zip(positions, size, shift, strict=True)):
         if moved:
-            wrapped = (jnp.arange(length) >= length - moved).astype(jnp.int32) << axis
+            wrapped = (along >= length - moved).astype(jnp.int32) << axis
             regions = regions + jnp.expand_dims(wrapped, [a for a in range(3) if a != axis])
     return to_windows(regions[None, ..., None], window)[..., 0]
 

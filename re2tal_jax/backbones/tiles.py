@@ -1,0 +1,90 @@
+"""Tiles of a state (B, T, H, …): stretches of time and of rows that a branch maps independently (see `reversible.py`).
+
+A tile holds all samples of a batch, so that a batch that is split over devices stays where it is, and all that comes
+after the rows. Positions are circular: `shift` moves the tiles against the state, and nothing is rolled.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+Piece = tuple[Int[Array, ""] | int, int, int]  # where it begins in the state, where in the tile, and its length
+
+
+@dataclass(frozen=True)
+class GridTiles:
+    """Tiles of `tile_size` positions along the axes 1 and 2 of a state that has `size` of them, moved by `shift`."""
+
+    size: tuple[int, int]
+    tile_size: tuple[int, int]
+    shift: tuple[int, int] = (0, 0)
+
+    @property
+    def count(self) -> int:
+        """Number of tiles."""
+        return math.prod(n // m for n, m in zip(self.size, self.tile_size, strict=True))
+
+    def start(self, tile: Int[Array, ""] | int) -> tuple[Int[Array, ""] | int, Int[Array, ""] | int]:
+        """Return where a tile begins, in positions that count from `shift`."""
+        columns = self.size[1] // self.tile_size[1]
+        return tile // columns * self.tile_size[0], tile % columns * self.tile_size[1]
+
+    def read(self, state: Float[Array, "B T H *rest"], tile: Int[Array, ""] | int) -> Float[Array, "B t h *rest"]:
+        """Return a tile."""
+        rows = []
+        for top, _, height in self._pieces(tile, 0):
+            row = []
+            for left, _, width in self._pieces(tile, 1):
+                sizes = (state.shape[0], height, width, *state.shape[3:])
+                row.append(lax.dynamic_slice(state, (0, top, left, *(0,) * (state.ndim - 3)), sizes))
+            rows.append(row[0] if len(row) == 1 else jnp.concatenate(row, axis=2))
+        return rows[0] if len(rows) == 1 else jnp.concatenate(rows, axis=1)
+
+    def write(
+        self, state: Float[Array, "B T H *rest"], value: Float[Array, "B t h *rest"], tile: Int[Array, ""] | int
+    ) -> Float[Array, "B T H *rest"]:
+        """Return the state with a tile replaced."""
+        for top, row, height in self._pieces(tile, 0):
+            for left, column, width in self._pieces(tile, 1):
+                part = value[:, row : row + height, column : column + width]
+                state = lax.dynamic_update_slice(state, part, (0, top, left, *(0,) * (state.ndim - 3)))
+        return state
+
+    def _pieces(self, tile: Int[Array, ""] | int, axis: int) -> Iterator[Piece]:
+        """Yield the pieces of a tile along an axis: a shifted one may go over the end and on at the beginning.
+
+        As tiles are longer than the shift, every tile can be cut at the same place.
+        """
+        begin, length, shift = self.start(tile)[axis], self.tile_size[axis], self.shift[axis]
+        yield begin + shift, 0, length - shift
+        if shift:
+            yield (begin + length) % self.size[axis], length - shift, shift
+
+
+def plan_tiles(
+    size: tuple[int, int], unit: tuple[int, int], per_position: int, workspace: int, shift: tuple[int, int] = (0, 0)
+) -> GridTiles:
+    """Return the largest tiles whose workspace is within bounds, at least one unit.
+
+    Args:
+        size: positions of the state along its axes 1 and 2.
+        unit: tiles are made of whole units (a window, say), which divide the size.
+        per_position: elements that the branch needs for a position of a sample while it runs.
+        workspace: elements that it may have for a sample.
+        shift: see `GridTiles`.
+    """
+    allowed = max(workspace // per_position, 1)
+    rows = _largest_divisor(size[0] // unit[0], allowed // (unit[0] * size[1]))
+    if rows:
+        return GridTiles(size, (unit[0] * rows, size[1]), shift)
+    columns = _largest_divisor(size[1] // unit[1], allowed // (unit[0] * unit[1])) or 1
+    return GridTiles(size, (unit[0], unit[1] * columns), shift)
+
+
+def _largest_divisor(number: int, most: int) -> int:
+    """Return the largest divisor of a number that is at most `most`, 0 if there is none."""
+    return max((n for n in range(1, number + 1) if number % n == 0 and n <= most), default=0)
