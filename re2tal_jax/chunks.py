@@ -32,7 +32,7 @@ def in_chunks(function: Function, count: int, params: Any, *arrays: Array) -> Ar
     def body(result: Array, number: Int[Array, ""]) -> tuple[Array, None]:
         return _write(result, _apply(function, count, params, arrays, number), number), None
 
-    result = jnp.zeros((shape.shape[0], count * shape.shape[1], *shape.shape[2:]), shape.dtype)
+    result = _to_be_filled((shape.shape[0], count * shape.shape[1], *shape.shape[2:]), shape.dtype, arrays[0])
     return lax.scan(body, result, jnp.arange(count))[0]
 
 
@@ -58,12 +58,22 @@ def _backward(function: Function, count: int, residuals: Any, dresult: Array) ->
         written = [_write(d, dstretch, number) for d, dstretch in zip(darrays, dstretches, strict=True)]
         return (jax.tree.map(jnp.add, dparams, more), written), None
 
-    zeros = jax.tree.map(jnp.zeros_like, (params, list(arrays)))
-    dparams, darrays = lax.scan(body, zeros, jnp.arange(count))[0]
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    darrays = [_to_be_filled(array.shape, array.dtype, dresult) for array in arrays]
+    dparams, darrays = lax.scan(body, (zeros, darrays), jnp.arange(count))[0]
     return (dparams, *darrays)
 
 
 in_chunks.defvjp(_forward, _backward)
+
+
+def _to_be_filled(shape: tuple[int, ...], dtype: Any, after: Array) -> Array:
+    """Return an array whose every value will be replaced, made when `after` is there.
+
+    Zeros depend on nothing, so a compiler may make those of all stretches, backward ones too, before all else, and keep
+    them until they are wanted: as many states more at the peak.
+    """
+    return jnp.broadcast_to(after[(0,) * after.ndim].astype(dtype), shape)
 
 
 def _apply(function: Function, count: int, params: Any, arrays: tuple[Array, ...], number: Any) -> Array:

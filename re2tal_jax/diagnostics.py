@@ -55,15 +55,30 @@ def diagnose(module: nnx.Module, *inputs: Any, wiring: Wiring, **named_inputs: A
     """Call a module that holds chains with the given wiring and return one entry per chain, in order of execution."""
     recorder = _Recorder(wiring)
     rewire(module, recorder)(*inputs, **named_inputs)
-    return recorder.records
+    return list(recorder.records)
 
 
+class _Records(list[ChainDiagnostics]):
+    """A list that equals itself alone: part of a tree's structure, which is compared and hashed."""
+
+    __hash__ = object.__hash__  # pyright: ignore[reportAssignmentType]
+    __eq__ = object.__eq__
+
+
+@jax.tree_util.register_pytree_node_class
 class _Recorder:
     """A wiring that runs its chains as usual and notes what they lose."""
 
-    def __init__(self, wiring: Wiring):
+    def __init__(self, wiring: Wiring, records: _Records | None = None):
         self.wiring = wiring
-        self.records: list[ChainDiagnostics] = []
+        self.records = _Records() if records is None else records
+
+    def tree_flatten(self) -> tuple[tuple[Wiring], _Records]:
+        return (self.wiring,), self.records
+
+    @classmethod
+    def tree_unflatten(cls, records: _Records, children: tuple[Wiring]) -> "_Recorder":
+        return cls(*children, records)
 
     def __call__(self, branches: Sequence[Branch], x: State, **named: Any) -> State:
         return self.mean(*self.states(branches, x, **named))

@@ -116,7 +116,7 @@ class Grid:
             return x
         begins = (top, left, 0)
         inside = [
-            (begin + jnp.arange(length)) % padded < size
+            (begin + jnp.arange(length, dtype=jnp.int32)) % padded < size
             for begin, length, padded, size in zip(begins, x.shape[1:4], self.padded, self.size, strict=True)
         ]
         mask = inside[0][:, None, None] & inside[1][:, None] & inside[2]
@@ -172,7 +172,9 @@ class AttentionBranch:
         y = self.grid.zero_outside(self.attention.norm(x), *begin)  # these zeros take part in attention, unmasked
         regions = None
         if any(shift):
-            positions = top + jnp.arange(x.shape[1]), left + jnp.arange(x.shape[2]), jnp.arange(x.shape[3])
+            positions = [
+                begin + jnp.arange(n, dtype=jnp.int32) for begin, n in zip((top, left, 0), x.shape[1:4], strict=True)
+            ]
             regions = jnp.tile(shift_regions(positions, self.grid.padded, window, shift), (x.shape[0], 1))
         if shift[2]:
             y = jnp.roll(y, -shift[2], axis=3)

@@ -40,7 +40,7 @@ class GridTiles:
             row = []
             for left, _, width in self._pieces(tile, 1):
                 sizes = (state.shape[0], height, width, *state.shape[3:])
-                row.append(lax.dynamic_slice(state, (0, top, left, *(0,) * (state.ndim - 3)), sizes))
+                row.append(lax.dynamic_slice(state, _begin(state, top, left), sizes))
             rows.append(row[0] if len(row) == 1 else jnp.concatenate(row, axis=2))
         return rows[0] if len(rows) == 1 else jnp.concatenate(rows, axis=1)
 
@@ -51,7 +51,7 @@ class GridTiles:
         for top, row, height in self._pieces(tile, 0):
             for left, column, width in self._pieces(tile, 1):
                 part = value[:, row : row + height, column : column + width]
-                state = lax.dynamic_update_slice(state, part, (0, top, left, *(0,) * (state.ndim - 3)))
+                state = lax.dynamic_update_slice(state, part, _begin(state, top, left))
         return state
 
     def _pieces(self, tile: Int[Array, ""] | int, axis: int) -> Iterator[Piece]:
@@ -63,6 +63,11 @@ class GridTiles:
         yield begin + shift, 0, length - shift
         if shift:
             yield (begin + length) % self.size[axis], length - shift, shift
+
+
+def _begin(state: Array, top: Int[Array, ""] | int, left: Int[Array, ""] | int) -> list[Int[Array, ""]]:
+    """Return where a slice begins, as integers of one type whatever jax takes for constants."""
+    return [jnp.asarray(begin, jnp.int32) for begin in (0, top, left, *(0,) * (state.ndim - 3))]
 
 
 def plan_tiles(
