@@ -14,7 +14,7 @@ from re2tal_jax.reversible import Branch, State, Wiring, make_runs, rewire, scan
 class ChainDiagnostics(NamedTuple):
     """Of one chain: max |x - inverse(forward(x))| over both states, and max |s_i|.
 
-    With low-precision branches the error is 0 as long as the largest |state| is below 1024 (reversible.GRID).
+    With low-precision branches the error is 0 as long as the largest |state| is below 1024 (exact.GRID).
     """
 
     reconstruction_error: Float[Array, ""]

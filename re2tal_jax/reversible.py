@@ -16,32 +16,17 @@ from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from re2tal_jax.errors import ConfigError
+from re2tal_jax.exact import is_narrower, to_grid, widen
 from re2tal_jax.runs import find_runs, stack_run
-
-GRID = 2.0**14  # steps per unit; sums of such float32 numbers are exact while |state| < 2**(24 - 14) = 1024
+from re2tal_jax.tiling import Part, differentiable, over_tiles, prepare, prepare_back
 
 State = Float[Array, "..."]
 M = TypeVar("M", bound=nnx.Module)
-
-
-class Tiles(Protocol):
-    """How a branch splits its input into `count` parts of one shape that it maps independently of each other."""
-
-    count: int
-
-    def read(self, state: State, tile: Array) -> State:
-        """Return the part numbered `tile`."""
-        ...
-
-    def write(self, state: State, value: State, tile: Array) -> State:
-        """Return the state with that part replaced."""
-        ...
 
 
 class Branch(Protocol):
@@ -52,7 +37,7 @@ class Branch(Protocol):
     arguments it gives the same value.
 
     A reversible chain runs a branch that has a method `tiles(shape) -> Tiles` tile by tile, in place: it is called with
-    what `read` gives of the state, and the tile's number as a further keyword `tile`. What follows from its parameters
+    a tile's part of the state, and the tile's number as a further keyword `tile`. What follows from its parameters
     alone is computed once for all tiles, if a method `prepare()` returns the branch with it.
 
     A block of the pretrained network may be more than F(x) + x: in a ResNet a ReLU follows the sum, and rewiring moves
@@ -152,20 +137,20 @@ def rewire(module: M, wiring: Wiring = REWIRED) -> M:
     return copy
 
 
-# ---- One step, forward and back. A link is a branch with its key; a branch without tiles is one tile.
+# ---- One step, forward and back, tile by tile. A link is a branch with its key.
 
 
 def step(states: Any, link: Any, alpha: Array, beta: Array, aux: Any, *, tiled: bool = True) -> Any:
     """(s_i, s_{i-1}) -> (s_{i+1}, s_i), written over s_{i-1} tile by tile."""
     current, previous = states
     branch, key = link
-    branch = _prepare(branch)
+    branch = prepare(branch)
 
-    def body(previous, read, write, tile):
-        increment = _increment(branch, read(current), alpha, aux, key, tile)
-        return write(previous, increment + beta * read(previous))
+    def body(previous, part):
+        increment = _increment(branch, part.given(current), alpha, aux, part=part, key=key)
+        return part.write(previous, increment + beta * part.read(previous))
 
-    return _over_tiles(branch if tiled else None, current.shape, body, previous), current
+    return over_tiles(branch if tiled else None, current.shape, body, previous), current
 
 
 def plain_step(states: Any, link: Any, alpha: Array, beta: Array, aux: Any) -> Any:
@@ -181,81 +166,28 @@ def step_back(states: Any, dstates: Any, link: Any, alpha: Array, beta: Array, a
     following, current = states
     dfollowing, dcurrent = dstates
     branch, key = link
-    branch, unprepare = _prepare_back(branch)
+    branch, unprepare = prepare_back(branch)
 
-    def body(carry, read, write, tile):
+    def body(carry, part):
         following, dcurrent, gradients = carry
-        dincrement = read(dfollowing)
-        forward = functools.partial(_increment, key=key, tile=tile)
-        increment, pull = jax.vjp(forward, branch, read(current), alpha, aux)
-        previous = (read(following) - increment) / beta
+        dincrement = part.read(dfollowing)
+        forward = functools.partial(_increment, part=part, key=key)
+        increment, pull = jax.vjp(forward, branch, part.given(current), alpha, aux)
+        previous = (part.read(following) - increment) / beta
         dbranch, dx, dalpha, daux = pull(dincrement)
-        more = _differentiable((dbranch, dalpha, jnp.vdot(dincrement, previous), daux))
-        return write(following, previous), write(dcurrent, read(dcurrent) + dx), jax.tree.map(jnp.add, gradients, more)
+        more = differentiable((dbranch, dalpha, jnp.vdot(dincrement, previous), daux))
+        return part.write(following, previous), part.add(dcurrent, dx), jax.tree.map(jnp.add, gradients, more)
 
-    zeros = jax.tree.map(jnp.zeros_like, _differentiable((branch, alpha, beta, aux)))
-    previous, dcurrent, (dbranch, *more) = _over_tiles(branch, current.shape, body, (following, dcurrent, zeros))
+    zeros = jax.tree.map(jnp.zeros_like, differentiable((branch, alpha, beta, aux)))
+    previous, dcurrent, (dbranch, *more) = over_tiles(branch, current.shape, body, (following, dcurrent, zeros))
     return (current, previous), (dcurrent, beta * dfollowing), (unprepare(dbranch), *more)
 
 
-def _prepare(branch: Any) -> Any:
-    """Return the branch with what follows from its parameters alone."""
-    return branch.prepare() if hasattr(branch, "prepare") else branch
-
-
-def _prepare_back(branch: Any) -> tuple[Any, Any]:
-    """Return the prepared branch, and what makes cotangents of the branch from its."""
-    if not hasattr(branch, "prepare"):
-        return branch, lambda dbranch: dbranch
-    prepared, pull = jax.vjp(_prepare, branch)
-
-    def unprepare(dprepared: Any) -> Any:
-        full = jax.tree.map(lambda p, d: np.zeros(p.shape, jax.dtypes.float0) if d is None else d, prepared, dprepared)
-        return _differentiable(pull(full)[0])
-
-    return prepared, unprepare
-
-
-def _over_tiles(branch: Any, shape: tuple[int, ...], body: Any, carry: Any) -> Any:
-    """Return body(carry, read, write, tile) applied for every tile of the branch in turn, or once for the whole."""
-    tiles = branch.tiles(shape) if hasattr(branch, "tiles") else None
-    if tiles is None or tiles.count == 1:
-        return body(carry, lambda state: state, lambda _, value: value, {})
-
-    def one(carry, tile):
-        read, write = functools.partial(tiles.read, tile=tile), functools.partial(tiles.write, tile=tile)
-        return body(carry, read, write, {"tile": tile}), None
-
-    return lax.scan(one, carry, jnp.arange(tiles.count, dtype=jnp.int32))[0]
-
-
-def _increment(branch: Branch, x: State, alpha: Array, aux: Any, key: Any, tile: dict[str, Array]) -> State:
+def _increment(branch: Branch, x: State, alpha: Array, aux: Any, *, part: Part, key: Any) -> State:
     """F(x) + alpha * x, put on the grid if F computes in less than the state's precision."""
-    result = branch(x, key=key, aux=aux, **tile)
-    increment = widen(result, x.dtype) + alpha * x
-    return to_grid(increment) if _is_narrower(result, x) else increment
-
-
-# ---- The grid: float32 states that are multiples of 1/GRID add and subtract without any error.
-
-
-@jax.custom_jvp
-def to_grid(x: State) -> State:
-    """Round to multiples of 1/GRID, with a straight-through gradient."""
-    return jnp.round(x * GRID) / GRID
-
-
-to_grid.defjvp(lambda primals, tangents: (to_grid(*primals), tangents[0]))
-
-
-def widen(x: Float[Array, "..."], dtype: Any) -> Float[Array, "..."]:
-    """Cast to a dtype of at least as many bits, from values that are rounded as x's own dtype says.
-
-    Compilers skip a rounding that such a cast follows, in some copies of a computation and not in others (XLA's
-    `xla_allow_excess_precision`); what a branch gives without it in one pass alone is not undone exactly.
-    """
-    own, wide = jnp.finfo(x.dtype), x.astype(dtype)
-    return lax.reduce_precision(wide, own.nexp, own.nmant) if own.bits < jnp.finfo(dtype).bits else wide
+    result = branch(x, key=key, aux=aux, **part.named)
+    increment = widen(result, x.dtype) + alpha * part.middle(x)
+    return to_grid(increment) if is_narrower(result, x) else increment
 
 
 def _is_narrow(link: Any, x: State, aux: Any) -> bool:
@@ -265,11 +197,7 @@ def _is_narrow(link: Any, x: State, aux: Any) -> bool:
         branch, key = link
         return branch(x, key=key, aux=aux)
 
-    return _is_narrower(jax.eval_shape(result, link, x, aux), x)
-
-
-def _is_narrower(result: Any, state: Any) -> bool:
-    return jnp.finfo(result.dtype).bits < jnp.finfo(state.dtype).bits
+    return is_narrower(jax.eval_shape(result, link, x, aux), x)
 
 
 # ---- The chain and its derivative. A run is a tuple of links, with leaves stacked if the pattern repeats.
@@ -331,7 +259,7 @@ def _chain_backward(repeats: tuple[int, ...], residuals: Any, dstates: Any) -> A
             dlinks.append((dbranch, None))  # a key has no cotangent
         return (states, dstates, dshared), tuple(reversed(dlinks))
 
-    carry = states, dstates, jax.tree.map(jnp.zeros_like, _differentiable((alpha, beta, aux)))
+    carry = states, dstates, jax.tree.map(jnp.zeros_like, differentiable((alpha, beta, aux)))
     druns = []
     for count, run in reversed(list(zip(repeats, runs, strict=True))):
         carry, dlinks = scan_run(count, body, carry, run, reverse=True)
@@ -347,8 +275,3 @@ _reversible_chain.defvjp(_chain_forward, _chain_backward)
 def scan_run(count: int, body: Any, carry: Any, run: Any, reverse: bool = False) -> Any:
     """Apply body(carry, links) to every copy of a run's pattern."""
     return lax.scan(body, carry, run, reverse=reverse) if count > 1 else body(carry, run)
-
-
-def _differentiable(tree: Any) -> Any:
-    """Return the tree with None for leaves that have no cotangent: integers, booleans, keys and float0."""
-    return jax.tree.map(lambda leaf: leaf if jnp.issubdtype(leaf.dtype, jnp.inexact) else None, tree)

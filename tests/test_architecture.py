@@ -10,7 +10,7 @@ import re2tal_jax
 ROOT = Path(re2tal_jax.__file__).parent
 LAYERS = [
     ("types", "registry", "config", "errors", "segments", "runs", "accelerators", "activitynet_format", "weights"),
-    ("reversible", "diagnostics"),
+    ("exact", "tiling", "chunks", "reversible", "diagnostics"),
     ("backbones", "targets", "losses"),
     ("localizers", "detector"),
     ("nms", "external_classifier", "postprocess", "evaluation"),

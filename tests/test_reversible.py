@@ -11,7 +11,8 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from re2tal_jax.diagnostics import diagnose, diagnose_chain
-from re2tal_jax.reversible import GRID, PLAIN, REWIRED, Wiring, rewire, to_grid, widen
+from re2tal_jax.exact import GRID, to_grid, widen
+from re2tal_jax.reversible import PLAIN, REWIRED, Wiring, rewire
 
 WIDTH = 8
 

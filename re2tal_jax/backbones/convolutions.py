@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from re2tal_jax.backbones.layers import at_least_float32
 from re2tal_jax.backbones.windows import Size
-from re2tal_jax.reversible import widen
+from re2tal_jax.exact import widen
 
 EPSILON = 1e-5  # PyTorch's, and that of every published checkpoint
 UNIT: Size = (1, 1, 1)
