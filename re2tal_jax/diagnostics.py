@@ -92,3 +92,15 @@ class _Recorder:
 
     def join(self, branch: Branch, x: Any, shortcut: State, **named: Any) -> State:
         return self.wiring.join(branch, x, shortcut, **named)
+
+    @property
+    def twin(self) -> Wiring:
+        return self.wiring.twin
+
+    @property
+    def reversible(self) -> bool:
+        return self.wiring.reversible
+
+    @property
+    def is_plain(self) -> bool:
+        return self.wiring.is_plain

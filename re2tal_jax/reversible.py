@@ -11,7 +11,7 @@ states instead of storing them: memory does not grow with the number of branches
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
 import jax
@@ -98,17 +98,22 @@ class Wiring:
         return (last + beta * before) / (1 + beta)
 
     def join(
-        self, branch: Branch, x: Any, shortcut: State, *, key: PRNGKeyArray | None = None, aux: Any = None
+        self, branch: Branch, x: Any, shortcut: State, *, key: PRNGKeyArray | None = None, aux: Any = None, **tile: Any
     ) -> State:
         """Return shortcut + F(x), a state like `shortcut`, for a block that changes the resolution.
 
         Such a block is in no chain: x and its projection `shortcut` differ in shape, so there is nothing to invert, and
-        autodiff stores what it needs.
+        autodiff stores what it needs. `tile` is passed on to the branch.
         """
         ordinary = getattr(branch, "ordinary", None)
         if self.is_plain and ordinary is not None:
-            return ordinary(x, shortcut, key=key, aux=aux)
-        return shortcut + widen(branch(x, key=key, aux=aux), shortcut.dtype)
+            return ordinary(x, shortcut, key=key, aux=aux, **tile)
+        return shortcut + widen(branch(x, key=key, aux=aux, **tile), shortcut.dtype)
+
+    @property
+    def twin(self) -> "Wiring":
+        """The same function and gradients, stored by autodiff."""
+        return replace(self, reversible=False)
 
     @property
     def is_plain(self) -> bool:
@@ -273,5 +278,11 @@ _reversible_chain.defvjp(_chain_forward, _chain_backward)
 
 
 def scan_run(count: int, body: Any, carry: Any, run: Any, reverse: bool = False) -> Any:
-    """Apply body(carry, links) to every copy of a run's pattern."""
-    return lax.scan(body, carry, run, reverse=reverse) if count > 1 else body(carry, run)
+    """Apply body(carry, links) to every copy of a run's pattern.
+
+    Each link writes over one of two states and swaps their places. A loop whose body is an even number of links gets
+    them back as it had them; otherwise a compiler copies both whole, every time.
+    """
+    if count == 1:
+        return body(carry, run)
+    return lax.scan(body, carry, run, reverse=reverse, unroll=1 + len(run) % 2)

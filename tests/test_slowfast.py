@@ -293,7 +293,7 @@ def test_rewired_gradient_equals_plain_autodiff():
 def test_bfloat16_branches_reconstruct_bit_exactly():
     model = tiny(dtype=jnp.bfloat16)
     records = jax.jit(lambda video: diagnose(model, video, wiring=REWIRED))(normal(0, 2, 8, 32, 32, 3))
-    assert [record.reconstruction_error for record in records] == [0] * 4  # two pathways, two stages
+    assert [record.reconstruction_error for record in records] == [0] * 3  # the slow first stage has nothing to undo
     assert all(0.1 < record.largest_state < 1024 for record in records)
 
 

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from checkpoints_convert.dialects.video_swin import MMACTION2, RE2TAL
-from checkpoints_convert.rules import convert_state_dict, fill, flatten
+from checkpoints_convert.rules import fill, flatten
 from re2tal_jax.backbones import build_backbone
 from re2tal_jax.backbones.layers import DropPath, LayerNorm, Mlp, gelu, pad_to_multiple
 from re2tal_jax.backbones.swin_block import AttentionBranch, Grid, WindowAttention
@@ -21,6 +21,7 @@ from re2tal_jax.backbones.windows import clamp_window, relative_position_index, 
 from re2tal_jax.errors import ConfigError, DataError
 from re2tal_jax.reversible import Wiring, rewire
 from re2tal_jax.runs import Run, find_runs
+from tests.parity.replay import convert_state_dict
 
 TINY = {"embed_dim": 4, "depths": (2, 1), "num_heads": (1, 2), "window_size": (2, 3, 3), "mlp_ratio": 2.0}
 FAST = {"xla_backend_optimization_level": 0}  # tiny shapes, run once: compiling is what takes time

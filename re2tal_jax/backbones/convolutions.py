@@ -22,35 +22,42 @@ _HE_NORMAL = jax.nn.initializers.variance_scaling(2.0, "fan_in", "normal")  # ke
 
 
 def convolve(
-    x: Float[Array, "B T H W C"], kernel: Float[Array, "t h w C D"], stride: Size = UNIT
+    x: Float[Array, "B T H W C"], kernel: Float[Array, "t h w C D"], stride: Size = UNIT, *, pad_time: bool = True
 ) -> Float[Array, "B T2 H2 W2 D"]:
-    """Convolve, with zeros for half a kernel around the input (odd kernels keep the size at stride 1)."""
+    """Convolve, with zeros for half a kernel around the input (odd kernels keep the size at stride 1).
+
+    Without `pad_time` x holds the frames that stand there in time, and the result is that many frames shorter.
+    """
     batch, _, height, _, _ = x.shape
     (kt, kh, kw), (st, sh, sw) = kernel.shape[:3], stride
     if (kt, kh, kw) == UNIT:
         return x[:, ::st, ::sh, ::sw] @ kernel[0, 0, 0]
     if (kh, kw, sh, sw) == (1, 1, 1, 1):
         rows = rearrange(x, "b t h w c -> b t (h w) c")
-        return rearrange(_convolve_2d(rows, kernel[:, :, 0], (st, 1)), "b t (h w) d -> b t h w d", h=height)
-    x = _gather_taps(x, kt, st)
+        return rearrange(
+            _convolve_2d(rows, kernel[:, :, 0], (st, 1), pad_rows=pad_time), "b t (h w) d -> b t h w d", h=height
+        )
+    x = _gather_taps(x, kt, st, pad_time)
     images = rearrange(x, "b t h w c -> (b t) h w c")
     y = _convolve_2d(images, rearrange(kernel, "t h w c d -> h w (t c) d"), (sh, sw))
     return rearrange(y, "(b t) h w d -> b t h w d", b=batch)
 
 
-def _gather_taps(x: Float[Array, "B T H W C"], taps: int, stride: int) -> Float[Array, "B T2 H W K"]:
+def _gather_taps(x: Float[Array, "B T H W C"], taps: int, stride: int, pad_time: bool) -> Float[Array, "B T2 H W K"]:
     """Put the frames that a kernel of `taps` frames sees side by side into the channels, K = taps * C."""
     if taps == 1:
         return x[:, ::stride]
-    x = jnp.pad(x, [(0, 0), (taps // 2, taps // 2), (0, 0), (0, 0), (0, 0)])
+    if pad_time:
+        x = jnp.pad(x, [(0, 0), (taps // 2, taps // 2), (0, 0), (0, 0), (0, 0)])
     last = x.shape[1] - taps
     return jnp.concatenate([x[:, tap : tap + last + 1 : stride] for tap in range(taps)], axis=-1)
 
 
 def _convolve_2d(
-    x: Float[Array, "N H W C"], kernel: Float[Array, "h w C D"], stride: tuple[int, int]
+    x: Float[Array, "N H W C"], kernel: Float[Array, "h w C D"], stride: tuple[int, int], *, pad_rows: bool = True
 ) -> Float[Array, "N H2 W2 D"]:
-    padding = [(k // 2, k // 2) for k in kernel.shape[:2]]
+    rows, columns = (k // 2 for k in kernel.shape[:2])
+    padding = [(rows, rows) if pad_rows else (0, 0), (columns, columns)]
     return lax.conv_general_dilated(x, kernel, stride, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
@@ -70,9 +77,17 @@ class Conv(nnx.Module):
         shape = (*size, in_channels, channels)
         self.kernel = nnx.Param(_HE_NORMAL(rngs.params(), shape, jnp.float32))
 
-    def __call__(self, x: Float[Array, "B T H W C"]) -> Float[Array, "B T2 H2 W2 D"]:
-        """Return (B, T, H, W, channels) in the compute dtype, each size divided by its stride, rounded up."""
-        return convolve(x.astype(self.dtype), self.kernel[...].astype(self.dtype), self.stride)
+    @property
+    def halo(self) -> int:
+        """Frames that it sees before a frame, and as many after."""
+        return self.kernel.shape[0] // 2
+
+    def __call__(self, x: Float[Array, "B T H W C"], *, pad_time: bool = True) -> Float[Array, "B T2 H2 W2 D"]:
+        """Return (B, T, H, W, channels) in the compute dtype, each size divided by its stride, rounded up.
+
+        Without `pad_time` x has `halo` frames more at both ends.
+        """
+        return convolve(x.astype(self.dtype), self.kernel[...].astype(self.dtype), self.stride, pad_time=pad_time)
 
 
 class BatchNorm(nnx.Module):
@@ -116,6 +131,6 @@ class ConvNorm(nnx.Module):
         self.conv = Conv(in_channels, channels, size, stride, dtype=dtype, rngs=rngs)
         self.norm = BatchNorm(channels, scale=scale, dtype=dtype if out_dtype is None else out_dtype)
 
-    def __call__(self, x: Float[Array, "B T H W C"]) -> Float[Array, "B T2 H2 W2 D"]:
-        """Convolve, then normalise."""
-        return self.norm(self.conv(x))
+    def __call__(self, x: Float[Array, "B T H W C"], *, pad_time: bool = True) -> Float[Array, "B T2 H2 W2 D"]:
+        """Convolve, then normalise; `pad_time` as for a `Conv`."""
+        return self.norm(self.conv(x, pad_time=pad_time))

@@ -2,10 +2,13 @@
 
 A stage is one block that changes the resolution, then a chain of alike bottlenecks. In the ordinary network a ReLU
 follows each sum; rewired it is the last thing inside the branch (OpenTAD's `re2tal_slowfast.py`), so that the sum can
-be undone. Kernels, strides and padding are those of mmaction2 1.2.0 (style "pytorch", inflation 3x1x1).
+be undone. Kernels, strides and padding are those of mmaction2 1.2.0 (style "pytorch", inflation 3x1x1). All of it runs
+on stretches of time: a chain tile by tile, stems and first blocks chunk by chunk, which are computed again in the
+backward pass, so that nothing but two states of every stage is kept; and of stages that see single frames, none.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,21 +16,36 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from re2tal_jax.backbones.convolutions import UNIT, ConvNorm, max_pool
 from re2tal_jax.backbones.layers import at_least_float32, check_dtype
+from re2tal_jax.backbones.tiles import FrameTiles, plan_frames
+from re2tal_jax.chunks import count_chunks, in_chunks, in_overlapping_chunks
 from re2tal_jax.errors import ConfigError, DataError
 from re2tal_jax.reversible import PLAIN, REWIRED, Wiring
 
 DEPTHS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 EXPANSION = 4  # channels of a block's output for each of its inner ones
+WORKSPACE = 2**24  # elements
+# Workspaces that the blocks of stages that see single frames may take together. Autodiff keeps about half of what is
+# counted, in the compute dtype; with one workspace a stretch of SlowFast-101 would be one frame.
+TOGETHER = 8
+
+# What a stage hands on: the last two states of its chain, of which the mean is meant, or a single array.
+Features = tuple[Float[Array, "B T H W C"], ...]
+
+
+def merge(wiring: Wiring, features: Features) -> Float[Array, "B T H W C"]:
+    """Return features as one array."""
+    return features[0] if len(features) == 1 else wiring.mean(*features)
 
 
 class Bottleneck(nnx.Module):
     """A branch: 1x1 (3x1x1 if inflated), 3x3 and 1x1 convolution, each with its norm, and ReLUs.
 
-    `downsample` projects the shortcut of a stage's first block and is None in the others.
+    `downsample` projects the shortcut of a stage's first block and is None in the others. Tiles are stretches of
+    frames; an inflated block is given the frame before and the one after.
     """
 
     def __init__(
@@ -39,10 +57,12 @@ class Bottleneck(nnx.Module):
         stride: int = 1,
         project: bool = False,
         scale: float = 1.0,
+        workspace: int = WORKSPACE,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
-        """Build the parameters; `scale` is where that of the last norm starts."""
+        """Build the parameters; `scale` is where that of the last norm starts, `workspace` bounds its tiles."""
+        self.width, self.stride, self.workspace, self.halo = width, stride, workspace, int(inflate)
         channels, spatial = EXPANSION * width, (1, stride, stride)
         self.conv1 = ConvNorm(in_channels, width, (3 if inflate else 1, 1, 1), dtype=dtype, rngs=rngs)
         self.conv2 = ConvNorm(width, width, (1, 3, 3), spatial, dtype=dtype, rngs=rngs)
@@ -51,40 +71,123 @@ class Bottleneck(nnx.Module):
         projection = functools.partial(ConvNorm, in_channels, channels, UNIT, spatial, dtype=dtype, out_dtype=precise)
         self.downsample = projection(rngs=rngs) if project else None
 
+    def tiles(self, shape: tuple[int, ...]) -> FrameTiles:
+        """Return the tiles of a state (B, T, H, W, C)."""
+        return plan_frames(shape[1], self.count_elements(shape), self.workspace, self.halo)
+
+    def count_elements(self, shape: Sequence[int]) -> int:
+        """Return how many elements the block works on for each frame of an input (B, T, H, W, C)."""
+        _, _, height, width, channels = shape
+        shrunk = -(-height // self.stride) * -(-width // self.stride)
+        return 2 * (height * width * (channels + self.width) + shrunk * (1 + EXPANSION) * self.width)
+
     def __call__(
-        self, x: Float[Array, "B T H W C"], *, key: PRNGKeyArray | None = None, aux: Any = None
+        self,
+        x: Float[Array, "B T2 H W C"],
+        *,
+        key: PRNGKeyArray | None = None,
+        aux: Any = None,
+        tile: Int[Array, ""] | int | None = None,
     ) -> Float[Array, "B T h w D"]:
-        """Return the residual function of the rewired network, ReLU included, in the compute dtype."""
-        return jax.nn.relu(self.residual(x))
+        """Return the residual function of the rewired network, ReLU included, in the compute dtype.
+
+        With `tile`, x has the frames around the result that the block sees.
+        """
+        return jax.nn.relu(self.residual(x, pad_time=tile is None))
 
     def ordinary(
-        self, x: Float[Array, "B T H W C"], shortcut: Float[Array, "B T h w D"], *, key: Any = None, aux: Any = None
+        self,
+        x: Float[Array, "B T2 H W C"],
+        shortcut: Float[Array, "B T h w D"],
+        *,
+        key: Any = None,
+        aux: Any = None,
+        tile: Int[Array, ""] | int | None = None,
     ) -> Float[Array, "B T h w D"]:
         """Return the block of the ordinary network, its ReLU after the sum."""
-        return jax.nn.relu(shortcut + self.residual(x).astype(shortcut.dtype))
+        return jax.nn.relu(shortcut + self.residual(x, pad_time=tile is None).astype(shortcut.dtype))
 
-    def residual(self, x: Float[Array, "B T H W C"]) -> Float[Array, "B T h w D"]:
+    def residual(self, x: Float[Array, "B T2 H W C"], *, pad_time: bool = True) -> Float[Array, "B T h w D"]:
         """Return what both forms share."""
-        return self.conv3(jax.nn.relu(self.conv2(jax.nn.relu(self.conv1(x)))))
+        return self.conv3(jax.nn.relu(self.conv2(jax.nn.relu(self.conv1(x, pad_time=pad_time)))))
+
+    def start(self, wiring: Wiring, x: Float[Array, "B T2 H W C"]) -> Float[Array, "B T h w D"]:
+        """Return what the chain of a stage starts from, in at least float32, of its first block.
+
+        x has the frames around the result that the block sees.
+        """
+        assert self.downsample is not None  # built so
+        middle = x[:, self.halo : x.shape[1] - self.halo]
+        return wiring.join(self, x, self.downsample(middle), tile=0)
 
 
 class Stage(nnx.Module):
     """Blocks of one resolution; H and W are divided by `stride` in the first."""
 
     def __init__(
-        self, in_channels: int, width: int, depth: int, *, inflate: bool, stride: int, dtype: DTypeLike, rngs: nnx.Rngs
+        self,
+        in_channels: int,
+        width: int,
+        depth: int,
+        *,
+        inflate: bool,
+        stride: int,
+        workspace: int,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
     ):
         # The last norms start at 1 / depth: states grow by a factor of e at most. The published 0 would leave a branch
         # with its ReLU inside dead for good where norms are frozen.
-        block = functools.partial(Bottleneck, width=width, inflate=inflate, scale=1 / depth, dtype=dtype, rngs=rngs)
+        block = functools.partial(
+            Bottleneck, width=width, inflate=inflate, scale=1 / depth, workspace=workspace, dtype=dtype, rngs=rngs
+        )
         first = block(in_channels, stride=stride, project=True)
         self.blocks = nnx.List([first, *(block(EXPANSION * width) for _ in range(depth - 1))])
 
-    def __call__(self, x: Float[Array, "B T H W C"], wiring: Wiring) -> Float[Array, "B T h w D"]:
-        """Return the stage's output in at least float32."""
+    def start(
+        self, wiring: Wiring, features: Features, joined: Float[Array, "B T H W D"] | None = None
+    ) -> Float[Array, "B T h w E"]:
+        """Return what the chain starts from; `joined` are further channels of the input."""
+        first, shape = self.blocks[0], list(features[0].shape)
+        arrays = features if joined is None else (*features, joined)
+        shape[-1] += 0 if joined is None else joined.shape[-1]
+        return in_overlapping_chunks(
+            functools.partial(_start, ordinary=wiring.is_plain, joined=joined is not None),
+            count_chunks(shape[1], first.count_elements(shape), first.workspace),
+            (first.halo,) * len(arrays),
+            (first, wiring.twin),
+            *arrays,
+        )
+
+    def run(self, wiring: Wiring, x: Float[Array, "B T H W C"]) -> Features:
+        """Return what the chain that starts from x hands on, in at least float32."""
+        states = wiring.states(list(self.blocks)[1:], x)
+        return states[:1] if wiring.is_plain else states
+
+    def of_frames(self, twin: Wiring, x: Float[Array, "B T H W C"]) -> Float[Array, "B T h w D"]:
+        """Return the output of a rewired stage whose blocks see single frames."""
+        return twin(list(self.blocks)[1:], self.blocks[0].start(REWIRED, x))
+
+    def count_elements(self, height: int, width: int, channels: int) -> int:
+        """Return how many elements all blocks work on for a frame of the input."""
         first, *others = self.blocks
-        assert first.downsample is not None  # built so
-        return wiring(others, wiring.join(first, x, first.downsample(x)))
+        size = -(-height // first.stride), -(-width // first.stride)
+        total = first.count_elements((1, 1, height, width, channels))
+        return total + sum(block.count_elements((1, 1, *size, EXPANSION * block.width)) for block in others)
+
+
+def _start(
+    params: tuple[Bottleneck, Wiring], *arrays: Float[Array, "B T H W _"], ordinary: bool, joined: bool
+) -> Float[Array, "B T2 h w D"]:
+    block, wiring = params
+    features, more = (arrays[:-1], arrays[-1:]) if joined else (arrays, ())
+    x = concatenate(merge(wiring, features), *more)
+    return block.start(PLAIN if ordinary else REWIRED, x)  # coefficients are traced: PLAIN is not known of `wiring`
+
+
+def concatenate(x: Float[Array, "B T H W C"], *joined: Float[Array, "B T H W D"]) -> Float[Array, "B T H W E"]:
+    """Return x with the channels of others, in their dtype."""
+    return jnp.concatenate([x.astype(joined[0].dtype), *joined], axis=-1) if joined else x
 
 
 class Stem(ConvNorm):
@@ -93,9 +196,21 @@ class Stem(ConvNorm):
     def __init__(self, in_channels: int, channels: int, frames: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         super().__init__(in_channels, channels, (frames, 7, 7), (1, 2, 2), dtype=dtype, rngs=rngs)
 
-    def __call__(self, video: Float[Array, "B F H W C"]) -> Float[Array, "B F h w D"]:
+    def __call__(self, x: Float[Array, "B F H W C"], *, pad_time: bool = True) -> Float[Array, "B T h w D"]:
         """Return features in the compute dtype, H and W divided by four, rounded up."""
-        return max_pool(jax.nn.relu(super().__call__(video)))
+        return max_pool(jax.nn.relu(super().__call__(x, pad_time=pad_time)))
+
+    def of_video(self, video: Float[Array, "B F H W C"], workspace: int, stride: int = 1) -> Float[Array, "B T h w D"]:
+        """Return the features of every `stride`-th frame, which divides their number."""
+        frames, pixels = video.shape[1] // stride, math.prod(video.shape[2:4])
+        taps, *_, in_channels, channels = self.conv.kernel.shape
+        per_frame = 2 * pixels * ((stride + taps) * in_channels + channels // 2)  # a quarter, and pooled
+        count, halo = count_chunks(frames, per_frame, workspace), stride * self.conv.halo
+        return in_overlapping_chunks(functools.partial(_embed, stride=stride), count, (halo,), self, video)
+
+
+def _embed(stem: Stem, video: Float[Array, "B F H W C"], stride: int) -> Float[Array, "B T h w D"]:
+    return stem(video[:, ::stride], pad_time=False)
 
 
 class Pathway(nnx.Module):
@@ -110,6 +225,7 @@ class Pathway(nnx.Module):
         inflate: Sequence[int],
         in_channels: int,
         joined: Sequence[int] = (),
+        workspace: int = WORKSPACE,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
@@ -122,6 +238,8 @@ class Pathway(nnx.Module):
             inflate: for every stage, 1 if its blocks see three frames, else 0.
             in_channels: of the video.
             joined: channels that another pathway adds to the input of each stage (none, if not given).
+            workspace: bounds the elements that a part works on at once, for each sample: it runs on stretches of
+                frames. Smaller ones take less memory; where they are too small, an accelerator is not filled.
             dtype: what is computed in; states are kept in at least float32.
             rngs: random streams for the initial parameters.
 
@@ -131,7 +249,7 @@ class Pathway(nnx.Module):
         check_dtype(dtype)
         _check(depths, base_channels, stem_frames, inflate, in_channels)
         self.stem = Stem(in_channels, base_channels, stem_frames, dtype=dtype, rngs=rngs)
-        self.in_channels, self.out_channels, stages = in_channels, base_channels, []
+        self.in_channels, self.out_channels, self.workspace, stages = in_channels, base_channels, workspace, []
         for i, (depth, inflated) in enumerate(zip(depths, inflate, strict=True)):
             width, added = base_channels * 2**i, joined[i] if joined else 0
             stages.append(
@@ -141,12 +259,53 @@ class Pathway(nnx.Module):
                     depth,
                     inflate=bool(inflated),
                     stride=2 if i else 1,
+                    workspace=workspace,
                     dtype=dtype,
                     rngs=rngs,
                 )
             )
             self.out_channels = EXPANSION * width
         self.stages = nnx.List(stages)
+
+    def run(
+        self, wiring: Wiring, x: Float[Array, "B T H W C"], joined: Sequence[Float[Array, "B T _ _ _"]] = ()
+    ) -> list[Features]:
+        """Return what every stage hands on, of the stem's features and what is `joined` to the input of each stage.
+
+        A stretch of time goes through the first stages that see single frames by itself, so a rewired network has no
+        states to undo there: it runs them all on a stretch, and in the backward pass again, with what autodiff keeps of
+        that stretch. Every block is computed twice, as when it is undone, and the largest states are never there.
+        """
+        blocks = [stage.blocks[0] for stage in self.stages]
+        alone = next((i for i, block in enumerate(blocks) if block.halo), len(blocks)) if wiring.reversible else 0
+        results = [(self._run_frames(wiring, x, joined, stages),) for stages in range(1, alone + 1)]  # the last is used
+        for i in range(alone, len(blocks)):
+            more = joined[i] if joined else None
+            stage, features = self.stages[i], results[-1] if results else (x,)
+            results.append(stage.run(wiring, stage.start(wiring, features, more)))
+        return results
+
+    def _run_frames(
+        self, wiring: Wiring, x: Float[Array, "B T H W C"], joined: Sequence[Float[Array, "B T _ _ _"]], stages: int
+    ) -> Float[Array, "B T h w D"]:
+        """Return the output of the last of the first `stages` stages, which see single frames."""
+        (_, frames, height, width, channels), total = x.shape, 0
+        run, added = list(self.stages)[:stages], [more.shape[-1] for more in joined] or [0] * stages
+        for stage, more in zip(run, added[:stages], strict=True):
+            total += stage.count_elements(height, width, channels + more)
+            height, width = (-(-n // stage.blocks[0].stride) for n in (height, width))
+            channels = EXPANSION * stage.blocks[0].width
+        count = count_chunks(frames, total, TOGETHER * self.workspace)
+        return in_chunks(_of_frames, count, (run, wiring.twin), x, *joined[:stages])
+
+
+def _of_frames(
+    params: tuple[list[Stage], Wiring], x: Float[Array, "B T H W C"], *joined: Float[Array, "B T _ _ _"]
+) -> Float[Array, "B T h w D"]:
+    stages, twin = params
+    for i, stage in enumerate(stages):
+        x = stage.of_frames(twin, concatenate(x, *joined[i : i + 1]))
+    return x
 
 
 class ResNet3D(Pathway):
@@ -160,6 +319,7 @@ class ResNet3D(Pathway):
         stem_frames: int = 1,
         inflate: tuple[int, ...] = (0, 0, 1, 1),
         in_channels: int = 3,
+        workspace: int = WORKSPACE,
         rewired: bool = True,
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
@@ -171,6 +331,7 @@ class ResNet3D(Pathway):
             stem_frames=stem_frames,
             inflate=inflate,
             in_channels=in_channels,
+            workspace=workspace,
             dtype=dtype,
             rngs=rngs,
         )
@@ -188,10 +349,10 @@ class ResNet3D(Pathway):
     ) -> tuple[Float[Array, "B F h w D"], dict[str, Float[Array, "B _ _ _ _"]]]:
         """Return the features and, by name, what `stem` and `layer<i>` gave."""
         check_video(video.shape, self.in_channels)
-        x = self.stem(video)
+        x = self.stem.of_video(video, self.workspace)
         named = {"stem": x}
-        for i, stage in enumerate(self.stages):
-            x = named[f"layer{i}"] = stage(x, self.wiring)
+        for i, features in enumerate(self.run(self.wiring, x)):
+            x = named[f"layer{i}"] = merge(self.wiring, features)
         return x, named
 
 

@@ -2,11 +2,14 @@
 
 A slow pathway sees every fourth frame; a fast one sees every frame with an eighth of the channels and passes its
 features on to the slow one before each stage (*laterals*). Both are ResNet-3Ds whose stages are chains of their own.
+What lies between the chains, stems, laterals and first blocks, runs in stretches of time, and is computed again in the
+backward pass. The fast pathway needs nothing of the slow one and runs first.
 Geometry is that of the published implementation (mmaction2 1.2.0 and OpenTAD's `re2tal_slowfast.py`), so that its
 weights give its outputs.
 """
 
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -16,7 +19,18 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from re2tal_jax.backbones.convolutions import BatchNorm, Conv
-from re2tal_jax.backbones.resnet3d import DEPTHS, EXPANSION, Pathway, check_video
+from re2tal_jax.backbones.resnet3d import (
+    DEPTHS,
+    EXPANSION,
+    WORKSPACE,
+    Bottleneck,
+    Features,
+    Pathway,
+    Stage,
+    check_video,
+    merge,
+)
+from re2tal_jax.chunks import count_chunks, in_overlapping_chunks
 from re2tal_jax.errors import ConfigError, DataError
 from re2tal_jax.reversible import PLAIN, REWIRED, Wiring
 
@@ -44,6 +58,7 @@ class SlowFast(nnx.Module):
         slow_inflate: tuple[int, ...] = (0, 0, 1, 1),
         fast_inflate: tuple[int, ...] = (1, 1, 1, 1),
         in_channels: int = 3,
+        workspace: int = WORKSPACE,
         rewired: bool = True,
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
@@ -63,6 +78,8 @@ class SlowFast(nnx.Module):
             slow_inflate: for every stage of the slow pathway, 1 if its blocks see three frames, else 0.
             fast_inflate: the same for the fast pathway.
             in_channels: of the video.
+            workspace: bounds the elements that a part works on at once, for each sample: it runs on stretches of
+                frames. Smaller ones take less memory; where they are too small, an accelerator is not filled.
             rewired: the reversible network, or the ordinary one.
             dtype: what branches compute in.
             rngs: random streams for the initial parameters.
@@ -73,10 +90,12 @@ class SlowFast(nnx.Module):
         _check(base_channels, channel_ratio, resample_rate, speed_ratio, fusion_kernel)
         fast_channels = base_channels // channel_ratio
         stage_inputs = [fast_channels, *(EXPANSION * fast_channels * 2**i for i in range(len(depths) - 1))]
-        self.resample_rate, self.in_channels = resample_rate, in_channels
+        self.resample_rate, self.in_channels, self.workspace = resample_rate, in_channels, workspace
         self.temporal_stride = (resample_rate, resample_rate // speed_ratio)
         self.wiring: Wiring = REWIRED if rewired else PLAIN
-        pathway = functools.partial(Pathway, depths=depths, in_channels=in_channels, dtype=dtype, rngs=rngs)
+        pathway = functools.partial(
+            Pathway, depths=depths, in_channels=in_channels, workspace=workspace, dtype=dtype, rngs=rngs
+        )
         self.slow = pathway(
             base_channels=base_channels,
             stem_frames=slow_stem_frames,
@@ -108,31 +127,53 @@ class SlowFast(nnx.Module):
                 f"A video of {video.shape[1]} frames does not fit SlowFast: allowed are multiples of resample_rate = "
                 f"{self.resample_rate}, with others the two pathways differ in length. Cut or pad the video."
             )
-        slow_stride, fast_stride = self.temporal_stride
-        named = {
-            "slow.stem": self.slow.stem(video[:, ::slow_stride]),
-            "fast.stem": self.fast.stem(video[:, ::fast_stride]),
-        }
-        slow, fast = named.values()
-        stages = zip(self.slow.stages, self.fast.stages, self.laterals, strict=True)
-        for i, (slow_stage, fast_stage, lateral) in enumerate(stages):
-            passed = named[f"lateral{i}"] = lateral(fast)
-            slow = jnp.concatenate([slow.astype(passed.dtype), passed], axis=-1)
-            slow = named[f"slow.layer{i}"] = slow_stage(slow, self.wiring)
-            fast = named[f"fast.layer{i}"] = fast_stage(fast, self.wiring)
+        named, (slow_stride, fast_stride) = {}, self.temporal_stride
+        slow = named["slow.stem"] = self.slow.stem.of_video(video, self.workspace, slow_stride)
+        fast = named["fast.stem"] = self.fast.stem.of_video(video, self.workspace, fast_stride)
+        features, passed = (fast,), []
+        for i, (stage, lateral) in enumerate(zip(self.fast.stages, self.laterals, strict=True)):
+            named[f"lateral{i}"], start = self._leave(lateral, stage, features)
+            passed.append(named[f"lateral{i}"])
+            features = stage.run(self.wiring, start)
+            fast = named[f"fast.layer{i}"] = merge(self.wiring, features)
+        for i, features in enumerate(self.slow.run(self.wiring, slow, passed)):
+            slow = named[f"slow.layer{i}"] = merge(self.wiring, features)
         return (slow, fast), named
+
+    def _leave(self, lateral: "Lateral", stage: Stage, features: Features) -> Pathways:
+        """Return what features of the fast pathway pass on to the slow one, and what the fast chain starts from.
+
+        Both in one go: what comes back from both is added up stretch by stretch.
+        """
+        block, (_, frames, *size, channels) = stage.blocks[0], features[0].shape
+        per_step = lateral.stride * block.count_elements(features[0].shape) + 4 * math.prod(size) * channels
+        count = count_chunks(frames // lateral.stride, per_step, self.workspace)
+        halo = max(lateral.conv.halo, block.halo)
+        function = functools.partial(_leave, ordinary=self.wiring.is_plain, halo=halo)
+        params = lateral, block, self.wiring.twin
+        return in_overlapping_chunks(function, count, (halo,) * len(features), params, *features)
+
+
+def _leave(
+    params: "tuple[Lateral, Bottleneck, Wiring]", *features: Float[Array, "B F H W C"], ordinary: bool, halo: int
+) -> Pathways:
+    lateral, block, wiring = params
+    x = merge(wiring, features)
+    for_lateral, for_block = (x[:, halo - ends : x.shape[1] - halo + ends] for ends in (lateral.conv.halo, block.halo))
+    return lateral(for_lateral, pad_time=False), block.start(PLAIN if ordinary else REWIRED, for_block)
 
 
 class Lateral(nnx.Module):
     """From the fast to the slow pathway: a convolution over time to twice the channels, at the slow pathway's rate."""
 
     def __init__(self, channels: int, kernel: int, stride: int, norm: bool, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.stride = stride
         self.conv = Conv(channels, 2 * channels, (kernel, 1, 1), (stride, 1, 1), dtype=dtype, rngs=rngs)
         self.norm = BatchNorm(2 * channels, dtype=dtype) if norm else None
 
-    def __call__(self, fast: Float[Array, "B F h w C"]) -> Float[Array, "B T h w D"]:
-        """Return (B, F / stride, h, w, 2C) in the compute dtype."""
-        passed = self.conv(fast)
+    def __call__(self, fast: Float[Array, "B F h w C"], *, pad_time: bool = True) -> Float[Array, "B T h w D"]:
+        """Return (B, F / stride, h, w, 2C) in the compute dtype; `pad_time` as for a `Conv`."""
+        passed = self.conv(fast, pad_time=pad_time)
         return passed if self.norm is None else jax.nn.relu(self.norm(passed))
 
 

@@ -1,4 +1,4 @@
-"""Tiles of a state (B, T, H, …): stretches of time and of rows that a branch maps independently (see `reversible.py`).
+"""Tiles of a state (B, T, H, …): stretches of time and of rows that a branch maps independently (see `tiling.py`).
 
 A tile holds all samples of a batch, so that a batch that is split over devices stays where it is, and all that comes
 after the rows. Positions are circular: `shift` moves the tiles against the state, and nothing is rolled.
@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
+
+from re2tal_jax.chunks import add_stretch, count_chunks, read_stretch
 
 Piece = tuple[Int[Array, ""] | int, int, int]  # where it begins in the state, where in the tile, and its length
 
@@ -88,6 +90,52 @@ def plan_tiles(
         return GridTiles(size, (unit[0] * rows, size[1]), shift)
     columns = _largest_divisor(size[1] // unit[1], allowed // (unit[0] * unit[1])) or 1
     return GridTiles(size, (unit[0], unit[1] * columns), shift)
+
+
+@dataclass(frozen=True)
+class FrameTiles:
+    """Tiles of `length` frames of a state that has `frames`.
+
+    A branch is given `halo` frames more at both ends, zeros outside the video, and returns the tile without them.
+    """
+
+    frames: int
+    length: int
+    halo: int = 0
+
+    @property
+    def count(self) -> int:
+        """Number of tiles."""
+        return self.frames // self.length
+
+    def read(self, state: Float[Array, "B T *rest"], tile: Int[Array, ""] | int) -> Float[Array, "B t *rest"]:
+        """Return a tile."""
+        return read_stretch(state, tile * self.length, self.length)
+
+    def write(
+        self, state: Float[Array, "B T *rest"], value: Float[Array, "B t *rest"], tile: Int[Array, ""] | int
+    ) -> Float[Array, "B T *rest"]:
+        """Return the state with a tile replaced."""
+        return lax.dynamic_update_slice_in_dim(state, value, tile * self.length, axis=1)
+
+    def read_input(self, state: Float[Array, "B T *rest"], tile: Int[Array, ""] | int) -> Float[Array, "B s *rest"]:
+        """Return a tile and the frames around it."""
+        return read_stretch(state, tile * self.length, self.length, self.halo)
+
+    def add_input(
+        self, state: Float[Array, "B T *rest"], value: Float[Array, "B s *rest"], tile: Int[Array, ""] | int
+    ) -> Float[Array, "B T *rest"]:
+        """Return the state with a value for a tile and the frames around it added; what is outside is lost."""
+        return add_stretch(state, value, tile * self.length, self.halo)
+
+    def middle(self, given: Float[Array, "B s *rest"]) -> Float[Array, "B t *rest"]:
+        """Return a tile without the frames around it."""
+        return given[:, self.halo : self.halo + self.length]
+
+
+def plan_frames(frames: int, per_frame: int, workspace: int, halo: int) -> FrameTiles:
+    """Return the longest tiles whose workspace is within bounds, at least one frame; arguments as of `plan_tiles`."""
+    return FrameTiles(frames, frames // count_chunks(frames, per_frame, workspace), halo)
 
 
 def _largest_divisor(number: int, most: int) -> int:

@@ -8,8 +8,8 @@ Arithmetic is that of the published encoder, so that its weights give its output
 
 import functools
 import math
-from collections.abc import Callable
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Sequence
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,10 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from re2tal_jax.backbones.layers import DropPath, LayerNorm, Mlp, PatchProjection, at_least_float32, check_dtype
+from re2tal_jax.backbones.layers import DropPath, LayerNorm, PatchProjection, at_least_float32, check_dtype
 from re2tal_jax.backbones.positions import resize_positions, sinusoidal_positions
+from re2tal_jax.backbones.vit_block import AttentionBranch, Block, MlpBranch
+from re2tal_jax.chunks import count_chunks, in_chunks
 from re2tal_jax.errors import ConfigError, DataError, did_you_mean
 from re2tal_jax.reversible import PLAIN, REWIRED, Wiring
 
@@ -50,6 +52,7 @@ class VisionTransformer(nnx.Module):
         final_norm: FinalNorm = "none",
         drop_path_rate: float = 0.0,
         in_channels: int = 3,
+        workspace: int = 2**24,
         rewired: bool = True,
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
@@ -72,6 +75,9 @@ class VisionTransformer(nnx.Module):
                 fine-tuning) or of their mean, which `pooled` returns (classifiers).
             drop_path_rate: that of the last block; it grows from 0 linearly with depth.
             in_channels: 3 for RGB.
+            workspace: bounds the elements that a branch works on at once, for each sample: a reversible chain runs on
+                tiles of clips and tokens. Smaller tiles take less memory; where they are too small, an accelerator is
+                not filled.
             rewired: the reversible network, or the ordinary one.
             dtype: what branches compute in.
             rngs: random streams for the initial parameters.
@@ -83,7 +89,7 @@ class VisionTransformer(nnx.Module):
         _check_sizes(patch_size, tubelet_size, num_frames, image_size, in_channels)
         _check_blocks(embed_dim, depth, num_heads, mlp_ratio, norm_epsilon, drop_path_rate, final_norm)
         self.depth, self.drop_path_rate, self.in_channels = depth, drop_path_rate, in_channels
-        self.num_frames, self.final_norm = num_frames, final_norm
+        self.num_frames, self.final_norm, self.workspace = num_frames, final_norm, workspace
         self.grid = (num_frames // tubelet_size, image_size // patch_size, image_size // patch_size)
         self.out_channels, self.temporal_stride = embed_dim, tubelet_size
         self.wiring: Wiring = REWIRED if rewired else PLAIN
@@ -111,17 +117,20 @@ class VisionTransformer(nnx.Module):
     def intermediates(
         self, video: Float[Array, "B F H W C"], *, key: PRNGKeyArray | None = None
     ) -> tuple[Float[Array, "B T h w D"], dict[str, Float[Array, "B T h w D"]]]:
-        """Return the features and, by name, what the parts gave: `patch_embed` and `blocks` (the chain)."""
+        """Return the features and, by name, what the parts gave.
+
+        `patch_embed` (tokens with their positions added) and `blocks` (the chain).
+        """
         self._check_video(video)
-        tokens = self.patch_embed(video)
-        height, width = tokens.shape[2:4]
-        precise = at_least_float32(tokens.dtype)
-        x = rearrange(tokens, "b (n t) h w d -> b n (t h w) d", t=self.grid[0]).astype(precise)
-        x = x + self.positions(height, width).astype(precise)
-        x = self.wiring(self._branches(), x, key=key, aux=None)
-        x = rearrange(x, "b n (t h w) d -> b (n t) h w d", h=height, w=width)
-        named = {"patch_embed": tokens, "blocks": x}
-        return (self.norm(x) if self.final_norm == "tokens" else x), named
+        height, width = self.patch_embed.size(video.shape[2:4])
+        tokens = self.patch_embed(video, self.positions(height, width), self.num_frames, self.workspace)
+        x = self.wiring(self._branches(), tokens, key=key, aux=None)
+        named = {
+            name: rearrange(state, "b n (t h w) d -> b (n t) h w d", h=height, w=width)
+            for name, state in (("patch_embed", tokens), ("blocks", x))
+        }
+        features = named["blocks"]
+        return (self.norm(features) if self.final_norm == "tokens" else features), named
 
     def pooled(self, video: Float[Array, "B F H W C"], *, key: PRNGKeyArray | None = None) -> Float[Array, "B D"]:
         """Return the normalised mean of a video's tokens, what the published classifiers map to classes.
@@ -150,7 +159,7 @@ class VisionTransformer(nnx.Module):
         return [
             DropPath(branch, jnp.float32(rate))
             for block, rate in zip(self.blocks, self.drop_path_rates(), strict=True)
-            for branch in (block.attn, block.mlp)
+            for branch in (AttentionBranch(block.attn, self.workspace), MlpBranch(block.mlp, self.workspace))
         ]
 
     def _check_video(self, video: Float[Array, "B F H W C"]) -> None:
@@ -174,66 +183,37 @@ class VisionTransformer(nnx.Module):
 
 
 class PatchEmbed(nnx.Module):
-    """Cut a video into patches and map each to a token."""
+    """Cut clips into patches, map each to a token and add its position."""
 
     def __init__(
         self, tubelet_size: int, patch_size: int, in_channels: int, dim: int, *, dtype: DTypeLike, rngs: nnx.Rngs
     ):
         self.proj = PatchProjection((tubelet_size, patch_size, patch_size), in_channels, dim, dtype=dtype, rngs=rngs)
 
-    def __call__(self, video: Float[Array, "B F H W C"]) -> Float[Array, "B T h w D"]:
-        """Return the tokens of whole patches in the compute dtype."""
-        height, width = (n // p * p for n, p in zip(video.shape[2:4], self.proj.patch_size[1:], strict=True))
-        return self.proj(video[:, :, :height, :width])
-
-
-class Block(nnx.Module):
-    """The two branches of a transformer block; they are residual functions, without the sums around them."""
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        mlp_ratio: float,
-        qkv_bias: bool,
-        epsilon: float,
-        *,
-        dtype: DTypeLike,
-        rngs: nnx.Rngs,
-    ):
-        self.attn = Attention(dim, num_heads, qkv_bias, epsilon, dtype=dtype, rngs=rngs)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), epsilon=epsilon, dtype=dtype, rngs=rngs)
-
-
-class Attention(nnx.Module):
-    """A branch: layer norm, then self-attention among all tokens of a clip."""
-
-    def __init__(self, dim: int, num_heads: int, qkv_bias: bool, epsilon: float, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.num_heads, self.qkv_bias = num_heads, qkv_bias
-        self.norm = LayerNorm(dim, epsilon=epsilon, dtype=dtype, rngs=rngs)
-        self.qkv = nnx.Linear(dim, 3 * dim, use_bias=False, dtype=dtype, rngs=rngs)
-        if qkv_bias:
-            self.q_bias = nnx.Param(jnp.zeros(dim, jnp.float32))
-            self.v_bias = nnx.Param(jnp.zeros(dim, jnp.float32))
-        self.proj = nnx.Linear(dim, dim, dtype=dtype, rngs=rngs)
+    def size(self, pixels: Sequence[int]) -> tuple[int, int]:
+        """Return how many whole patches a height and a width have."""
+        height, width = (n // p for n, p in zip(pixels, self.proj.patch_size[1:], strict=True))
+        return height, width
 
     def __call__(
-        self, x: Float[Array, "B clips N C"], *, key: PRNGKeyArray | None = None, aux: Any = None
-    ) -> Float[Array, "B clips N C"]:
-        """Map (B, clips, N, C) to the same shape in the compute dtype; clips and samples do not meet."""
-        y = self.qkv(self.norm(x))
-        if self.qkv_bias:
-            q_bias, v_bias = self.q_bias[...], self.v_bias[...]
-            y = y + jnp.concatenate([q_bias, jnp.zeros_like(q_bias), v_bias]).astype(y.dtype)
-        q, k, v = rearrange(y, "b n t (s h d) -> s b n h t d", s=3, h=self.num_heads)
-        return self.proj(rearrange(attend(q, k, v), "b n h t d -> b n t (h d)"))
+        self, video: Float[Array, "B F H W C"], positions: Float[Array, "N D"], num_frames: int, workspace: int
+    ) -> Float[Array, "B clips N D"]:
+        """Return the tokens of clips of `num_frames`, in at least float32: they start the states of the chain."""
+        clips = video.shape[1] // num_frames
+        per_clip = 2 * (positions.size + num_frames * math.prod(video.shape[2:]))
+        return in_chunks(_embed, count_chunks(clips, per_clip, workspace), (self, positions), video)
 
 
-def attend(q: Float[Array, "*B Q d"], k: Float[Array, "*B N d"], v: Float[Array, "*B N d"]) -> Float[Array, "*B Q d"]:
-    """Return for each query the mean of the values, weighted by a softmax in at least float32 over the keys."""
-    precise = at_least_float32(q.dtype)
-    logits = jnp.einsum("...qd,...kd->...qk", q * q.shape[-1] ** -0.5, k, preferred_element_type=precise)
-    return jnp.einsum("...qk,...kd->...qd", jax.nn.softmax(logits, axis=-1).astype(v.dtype), v)
+def _embed(
+    params: tuple[PatchEmbed, Float[Array, "N D"]], video: Float[Array, "B F H W C"]
+) -> Float[Array, "B clips N D"]:
+    embed, positions = params
+    (height, width), (_, rows, columns) = embed.size(video.shape[2:4]), embed.proj.patch_size
+    tokens = embed.proj(video[:, :, : height * rows, : width * columns])
+    precise = at_least_float32(tokens.dtype)
+    times = positions.shape[0] // (height * width)
+    tokens = rearrange(tokens, "b (n t) h w d -> b n (t h w) d", t=times).astype(precise)
+    return tokens + positions.astype(precise)
 
 
 def _check_sizes(patch_size: int, tubelet_size: int, num_frames: int, image_size: int, in_channels: int) -> None:
