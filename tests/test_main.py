@@ -128,7 +128,7 @@ def test_both_ways_to_write_an_override_are_read_and_typed(tmp_path, tiny_data):
             *("--config.optimizer.clip_norm=None", "--config.backbone.mlp_ratio=2"),
         ]
     )
-    assert (read.mode, str(read.workdir)) == ("inspect", "runs/tiny")
+    assert (read.mode, str(read.workdir), read.options) == ("inspect", "runs/tiny", {})
     settings = read_settings(read.config)
     assert (settings.seed, settings.mesh.data, settings.optimizer.clip_norm) == (5, -1, None)
     assert (settings.loop.stop.epochs, settings.loop.stop.steps) == (2, None)
@@ -136,6 +136,14 @@ def test_both_ways_to_write_an_override_are_read_and_typed(tmp_path, tiny_data):
     assert settings.train.mirror is None
     wanted = {"depths": (1,), "rewired": False, "checkpoint": "/a/run", "mlp_ratio": 2}
     assert wanted.items() <= settings.backbone.items()
+
+
+def test_a_mode_gets_the_arguments_that_are_its_own(tmp_path, tiny_data):
+    config = write_config(tmp_path / "tiny.py", tiny_config(tiny_data))
+    read = read_command(
+        ["--config", str(config), "--mode", "inspect", "--target=v5e:2x2", "--fit", "frames", "--plain"]
+    )
+    assert read.options == {"target": "v5e:2x2", "fit": "frames", "plain": True}
 
 
 @pytest.mark.parametrize(
@@ -147,6 +155,9 @@ def test_both_ways_to_write_an_override_are_read_and_typed(tmp_path, tiny_data):
         (["--config", "{config}", "--mode", "evl"], "Unknown mode 'evl'. Did you mean 'eval'?"),
         (["--config", "{config}", "--workdri", "x"], "Unknown argument '--workdri'. Did you mean '--workdir'?"),
         (["--config", "{config}", "more"], "Unknown argument 'more'."),
+        (["--config", "{config}", "--target", "h100"], "--target belongs to --mode inspect; the mode is 'train'."),
+        (["--config", "{config}", "--mode", "inspect", "--target", "h10"], "Unknown target 'h10'. Did you mean 'h100'"),
+        (["--config", "{config}", "--mode", "inspect", "--fit", "frame"], "'frame' is no quantity. Did you mean 'fra"),
         (["--config", "{config}", "--config.seed"], "--config.seed has no value"),
         (["--config", "{config}", "--config.sed=1"], "Unknown key config.sed. Did you mean 'seed'?"),
         (["--config", "{config}", "--config.bakbone.depths=1"], "Unknown key config.bakbone. Did you mean 'backbone'?"),

@@ -19,6 +19,7 @@ from re2tal_jax.inference.detect import detect_all
 from re2tal_jax.inference.report import draw_report
 from re2tal_jax.settings import Settings
 from re2tal_jax.training.checkpoint import best_or_latest, load_params, prepare_workdir
+from re2tal_jax.training.compile_cache import compile_cache
 from re2tal_jax.training.optim import Params
 from re2tal_jax.training.sharding import initialise_distributed, open_mesh
 from re2tal_jax.training.state import check_parameters
@@ -126,4 +127,6 @@ def evaluate(settings: Settings, config: Mapping[str, Any], workdir: Path) -> No
     log.info("evaluating step %d of %s: %s", step, workdir, describe_data(evaluator.dataset, evaluator.loader))
     shardings = blueprint.spec.shardings.ema_params
     placed = {path: jax.device_put(value, shardings[path]) for path, value in params.items()}
-    log.info("%s\nwritten: %s, %s", evaluator(placed, step), workdir / PREDICTIONS, workdir / REPORT)
+    with compile_cache(workdir):
+        scored = evaluator(placed, step)
+    log.info("%s\nwritten: %s, %s", scored, workdir / PREDICTIONS, workdir / REPORT)

@@ -19,6 +19,7 @@ from re2tal_jax.experiment import (
 from re2tal_jax.modes.evaluate import PREDICTIONS, REPORT, Evaluator
 from re2tal_jax.settings import Settings
 from re2tal_jax.training.checkpoint import Checkpoints, prepare_workdir
+from re2tal_jax.training.compile_cache import compile_cache
 from re2tal_jax.training.loop import Run, TrainResult
 from re2tal_jax.training.sharding import initialise_distributed, open_mesh
 from re2tal_jax.training.step import make_train_step
@@ -54,7 +55,7 @@ def train(settings: Settings, config: Mapping[str, Any], workdir: Path) -> Train
         tables.append(evaluator(params, step))
         return tables[-1].metrics()
 
-    with Checkpoints(workdir, settings.checkpoints) as checkpoints:
+    with compile_cache(workdir) as cache, Checkpoints(workdir, settings.checkpoints) as checkpoints:
         checkpoints.check_metrics(evaluator.metric_names)
         result = Run(
             config=settings.loop,
@@ -71,6 +72,7 @@ def train(settings: Settings, config: Mapping[str, Any], workdir: Path) -> Train
             about={
                 "training data": describe_data(dataset, loader),
                 "evaluation data": describe_data(evaluator.dataset, evaluator.loader),
+                "compile cache": cache,
             },
         ).run()
         best = checkpoints.best_step

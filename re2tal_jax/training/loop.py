@@ -17,6 +17,7 @@ from jaxtyping import PRNGKeyArray
 from re2tal_jax.data.pipeline import Loader, Prefetch
 from re2tal_jax.errors import ConfigError, DataError, Re2TalError
 from re2tal_jax.training.checkpoint import Checkpoints, write_config
+from re2tal_jax.training.compile_cache import cache_hits
 from re2tal_jax.training.header import log_header
 from re2tal_jax.training.interrupt import Leave, StopSignals
 from re2tal_jax.training.metrics import MetricWriter, Progress, memory_estimate
@@ -191,9 +192,12 @@ class Run:
     def _compile(self, batch: Batch) -> None:
         """Compile the step ahead of the first call, which then finds it, to tell its time and memory apart."""
         begin = time.monotonic()
-        compiled = self.train_step.lower(self.state, batch, self.key).compile()
+        lowered = self.train_step.lower(self.state, batch, self.key)
+        with cache_hits() as hits:
+            compiled = lowered.compile()
         seconds = time.monotonic() - begin
-        log.info("train step: compiled in %.1f s, plans %s", seconds, memory_estimate(compiled))
+        how = "from the cache" if hits else "compiled"
+        log.info("train step: %s in %.1f s, plans %s", how, seconds, memory_estimate(compiled))
         self.progress.pause(seconds)
 
     def _settle(self) -> None:

@@ -29,14 +29,18 @@ class MemoryEstimate:
     outputs: int
     shared: int
     temporary: int
+    code: int = 0
 
     @property
     def peak(self) -> int:
-        """Arguments, outputs that do not take an argument's place, and temporaries, all at once."""
-        return self.arguments + self.outputs - self.shared + self.temporary
+        """Arguments, outputs that do not take an argument's place, temporaries and the program, all at once."""
+        return self.arguments + self.outputs - self.shared + self.temporary + self.code
 
     def __str__(self) -> str:
-        parts = f"arguments {self.arguments / MIB:,.1f}, temporaries {self.temporary / MIB:,.1f}"
+        parts = (
+            f"arguments {self.arguments / MIB:,.1f} of which outputs take {self.shared / MIB:,.1f}, "
+            f"temporaries {self.temporary / MIB:,.1f}"
+        )
         return f"{self.peak / MIB:,.1f} MiB per device ({parts})"
 
 
@@ -50,6 +54,7 @@ def memory_estimate(compiled: jax.stages.Compiled) -> MemoryEstimate | None:
         outputs=stats.output_size_in_bytes,
         shared=stats.alias_size_in_bytes,
         temporary=stats.temp_size_in_bytes,
+        code=stats.generated_code_size_in_bytes,  # told by TPUs, where it lies in the same memory
     )
 
 

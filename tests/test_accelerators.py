@@ -1,0 +1,79 @@
+"""Targets: what names them, how many devices they are, what is said of those that cannot be."""
+
+import pytest
+
+from re2tal_jax import accelerators
+from re2tal_jax.accelerators import absent_devices, is_available, read_target
+from re2tal_jax.errors import ConfigError
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("text", "count", "gib"),
+    [  # of 80, 80, 141, 80, 40, 16, 16, 95 and 32 GB
+        ("h100", 1, 79),
+        ("h100:8", 8, 79),
+        ("h200", 1, 141),
+        ("a100", 1, 79),
+        ("a100-40:2", 2, 39.4),
+        ("v5e", 1, 15.75),
+        ("v5e:4x4", 16, 15.75),
+        ("v5p:2x2x1", 4, 95.74),
+        ("v6e:2x4", 8, 31.25),
+    ],
+)
+def test_a_target_says_how_many_devices_it_is_and_what_each_holds(text, count, gib):
+    target = read_target(text)
+    assert target.count == count
+    assert target.memory == pytest.approx(gib * GIB, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("h1000", r"Unknown target 'h1000'\. Did you mean 'h100'"),
+        ("tpu", r"Unknown target 'tpu'\. Allowed: a100, a100-40, h100, h200, local, v5e, v5p, v6e"),
+        ("h100:2x2", "'2x2' does not say how many there are; write for example 'h100:4'"),
+        ("h100:0", "'0' does not say how many"),
+        ("v5e:4", "'4' does not say how many there are; write for example 'v5e:2x4'"),
+        ("v5p:", "'' does not say how many there are; write for example 'v5p:2x2x1'"),
+    ],
+)
+def test_a_target_that_does_not_exist_is_answered_with_what_does(text, message):
+    with pytest.raises(ConfigError, match=message):
+        read_target(text)
+
+
+@pytest.mark.parametrize("text", ["h100", "v5e:2x2"])
+def test_without_the_compilers_a_message_says_what_to_install(text, monkeypatch):
+    monkeypatch.setattr(accelerators, "_is_installed", lambda package: False)
+    with pytest.raises(ConfigError, match=rf"target '{text}' needs .*: pip install 're2tal-jax\[aot\]'"):
+        absent_devices(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("h100:4", "NVIDIA H100 80GB HBM3"),
+        ("h200", "NVIDIA H200 141GB HBM3e"),
+        ("a100-40:2", "NVIDIA A100-SXM4-40GB"),
+        ("v5e", "TPU v5 lite"),
+        ("v5e:2x4", "TPU v5 lite"),
+        ("v5p", "TPU v5"),
+        ("v6e:2x2", "TPU v6 lite"),
+    ],
+)
+def test_absent_devices_are_as_many_and_of_the_kind_that_was_asked_for(text, kind):
+    if not is_available(text):
+        pytest.skip(f"no compiler for {text}: pip install '.[aot]'")
+    devices = absent_devices(text)
+    assert len(devices) == read_target(text).count
+    assert {device.device_kind for device in devices} == {kind}
+
+
+def test_a_grid_of_chips_that_is_not_built_is_refused_in_one_sentence():
+    if not is_available("v5e"):
+        pytest.skip("no compiler for v5e: pip install '.[aot]'")
+    with pytest.raises(ConfigError, match=r"target 'v5e:3x3' is no grid of chips that exists: .*not divisible"):
+        absent_devices("v5e:3x3")
