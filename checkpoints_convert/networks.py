@@ -1,6 +1,7 @@
 """The network that a checkpoint is converted for: a registered backbone, or the whole detector of a config."""
 
 import functools
+import shlex
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from checkpoints_convert.rules import fill, flatten
 from re2tal_jax.backbones import BACKBONES
 from re2tal_jax.config import bind, override, read_config_file, resolve
 from re2tal_jax.errors import ConfigError
-from re2tal_jax.experiment import make_detector, resolved_config
+from re2tal_jax.experiment import FREE_OPTIONS, make_detector, resolved_config
 from re2tal_jax.settings import Settings, read_settings
 
 BACKBONE = "backbone."
@@ -92,9 +93,22 @@ class Network:
         options = resolve(factory, self._options, path="config.backbone", given=("dtype", "rngs"))
         return {"backbone": {"name": self.backbone_name, **options}}
 
+    def options_beyond(self, other: "Network") -> dict[str, Any]:
+        """Return the backbone's arguments that its weights need and another network has otherwise, by name."""
+        mine, theirs = (
+            Network(network.name, {"backbone": network.config["backbone"]}, whole=False).resolved()["backbone"]
+            for network in (self, other)
+        )
+        return {key: value for key, value in mine.items() if key not in FREE_OPTIONS and theirs.get(key) != value}
+
     @property
     def _options(self) -> dict[str, Any]:
         return {key: value for key, value in self.config["backbone"].items() if key not in _NOT_OPTIONS}
+
+
+def as_overrides(options: Mapping[str, Any]) -> list[str]:
+    """Return what to type on a command line to give a backbone these arguments."""
+    return [shlex.quote(f"--config.{BACKBONE}{key}={value!r}") for key, value in options.items()]
 
 
 def open_network(name: str, overrides: Sequence[tuple[str, str]] = ()) -> Network:

@@ -37,27 +37,49 @@ class RunsCode(BadValue):
 def runs_code(module: str, name: str) -> bool:
     """Return whether a global is one that a pickle names in order to run code."""
     full = f"{module}.{name}"
+    if _within(full, HOLDS_DATA):
+        return False
     return (
         module.split(".")[0] in RUN_CODE_MODULES
-        or any(full == refused or full.startswith(f"{refused}.") for refused in RUN_CODE)
+        or _within(full, RUN_CODE)
         or any(part in RUN_CODE_MODULES for part in name.split(".")[:-1])  # numpy's `os.system`
     )
 
 
+def _within(full: str, names: tuple[str, ...]) -> bool:
+    """Whether a dotted name is one of some, or inside one."""
+    return any(full == name or full.startswith(f"{name}.") for name in names)
+
+
 # Nothing of these would run, for nothing runs; who names them in a checkpoint means harm, and the user should know.
+# Modules whose names research code has for its own packages too (code, profile …) are in RUN_CODE by function.
 _MODULES = """
     builtins os posix nt subprocess _posixsubprocess sys shutil runpy importlib _frozen_importlib imp zipimport pkgutil
-    pty socket ctypes _ctypes cffi code codeop pickle _pickle cPickle dill cloudpickle joblib marshal shelve webbrowser
-    multiprocessing threading _thread asyncio concurrent timeit pdb bdb pydoc doctest trace profile cProfile inspect gc
-    signal atexit site pip ensurepip venv distutils setuptools urllib urllib2 http requests ftplib smtplib telnetlib
-    ssl xmlrpc sqlite3 commands popen2 operator platform linecache fileinput tempfile
+    pty socket ctypes _ctypes cffi codeop pickle _pickle cPickle dill cloudpickle joblib marshal shelve webbrowser
+    multiprocessing threading _thread asyncio concurrent timeit pdb bdb pydoc doctest cProfile inspect gc
+    signal atexit pip ensurepip venv distutils setuptools urllib urllib2 http ftplib smtplib telnetlib ssl xmlrpc
+    sqlite3 popen2 operator linecache fileinput tempfile
 """
 RUN_CODE_MODULES = frozenset(_MODULES.split())
+_FUNCTIONS = {
+    "code": "interact InteractiveInterpreter InteractiveConsole compile_command",
+    "profile": "run runctx Profile",
+    "trace": "Trace main",
+    "site": "main addsitedir execsitecustomize execusercustomize",
+    "platform": "popen os sys subprocess",
+    "requests": "request get options head post put patch delete Session session api sessions",
+}
 RUN_CODE = (
+    *(f"{module}.{name}" for module, names in _FUNCTIONS.items() for name in names.split()),
     "torch.load",
     "torch.hub",
     "torch.jit",
-    "torch.utils",
+    "torch.utils.cpp_extension",
+    "torch.utils.model_zoo",
+    "torch.utils.collect_env",
+    "torch.utils.bottleneck",
+    "torch.utils.checkpoint",
+    "torch.utils._freeze",
     "torch.package",
     "torch.ops",
     "torch.classes",
@@ -79,9 +101,30 @@ RUN_CODE = (
     "numpy.f2py",
     "numpy.distutils",
 )
+# Classes of the modules above that hold data alone, and that objects in checkpoints are of.
+HOLDS_DATA = (
+    "inspect.Parameter",
+    "inspect.Signature",
+    "inspect._ParameterKind",
+    "inspect._empty",
+    "http.HTTPStatus",
+    "http.cookies",
+    "http.cookiejar",
+    "urllib.parse.ParseResult",
+    "urllib.parse.SplitResult",
+    "signal.Signals",
+    "distutils.version",
+    "setuptools._distutils.version",
+)
 NAME_LIMIT = 200  # characters; attributes of attributes without end would fill the memory
 # Other names of the same modules and types.
-MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg", "_operator": "operator", "_io": "io"}
+MODULES = {
+    "__builtin__": "builtins",
+    "copy_reg": "copyreg",
+    "_operator": "operator",
+    "_io": "io",
+    "commands": "subprocess",  # Python 2's; a package of this name has modules
+}
 PYTHON_2 = {
     ("__builtin__", "unicode"): ("builtins", "str"),
     ("__builtin__", "long"): ("builtins", "int"),

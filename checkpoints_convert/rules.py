@@ -82,18 +82,22 @@ class Rule:
         ours: template of our path, with the same holes, perhaps with a part such as `[0/3]` at its end.
         kind: one of `KINDS`.
         optional: for a module that our network can be built without: why it is not needed then.
+        when: an attribute of our network and the value that it must have for the rule to hold.
         read_only: another name that is read, but not the one that is written.
+        outside: it does not stand within the network, but beside it, whatever prefix that has.
     """
 
     torch: str
     ours: str
     kind: str = "array"
     optional: str = ""
+    when: tuple[str, Any] | None = None
     read_only: bool = False
+    outside: bool = False
 
     def prefixed(self, torch: str = "", ours: str = "") -> "Rule":
         """Return the rule of the same module inside another."""
-        return replace(self, torch=torch + self.torch, ours=ours + self.ours)
+        return replace(self, torch=self.torch if self.outside else torch + self.torch, ours=ours + self.ours)
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,14 @@ class Rules:
                     found[part[0]] = (_expand(rule.torch + theirs, match), part, layout)
         return [found[index] for index in sorted(found)]
 
+    def for_network(self, network: Any) -> "Rules":
+        """Return the rules that hold for a network as it is built; keys of the others are ignored."""
+        others = [r for r in self.rules if r.when is not None and getattr(network, r.when[0], None) != r.when[1]]
+        not_needed = (
+            Ignored(_pattern(r.torch + leaf).pattern, r.optional) for r in others for leaf, _, _ in KINDS[r.kind]
+        )
+        return Rules(tuple(rule for rule in self.rules if rule not in others), (*self.ignored, *not_needed))
+
     def reason_to_ignore(self, key: str) -> str | None:
         """Return why a key becomes no parameter, or None."""
         return next((rule.reason for rule in self.ignored if re.fullmatch(rule.pattern, key)), None)
@@ -156,15 +168,39 @@ class Plan:
     inflated: dict[str, Shape] = field(default_factory=dict)
 
     def convert(self, read: Callable[[str], np.ndarray]) -> dict[str, np.ndarray]:
-        """Return our parameters by path, in float32; `read` gives the array of a key."""
+        """Return our parameters by path, in float32; `read` gives the array of a key.
+
+        Raises:
+            CheckpointError: values that are no weights: NaN, infinite, complex, or too large for float32.
+        """
         parts: dict[str, dict[int, np.ndarray]] = {}
+        wrong: dict[str, str] = {}
         for key, target in self.targets.items():
-            value = np.asarray(read(key), np.float32)
+            value, fault = _as_float32(read(key))
+            if fault:
+                wrong[key] = fault
+                continue
             if key in self.inflated:
                 value = inflate(value, self.inflated[key])
             value = target.layout.to_ours(value)
             parts.setdefault(target.path, {})[target.part[0]] = value
+        if wrong:
+            more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+            told = "; ".join(f"{key} {fault}" for key, fault in list(wrong.items())[:5])
+            raise CheckpointError(f"Allowed are finite real numbers, but {told}{more}. The source itself is spoilt.")
         return {path: _join([found[i] for i in sorted(found)]) for path, found in sorted(parts.items())}
+
+
+def _as_float32(value: np.ndarray) -> tuple[np.ndarray, str]:
+    """Return an array in float32, and what is wrong with it, if anything."""
+    value = np.asarray(value)
+    if np.iscomplexobj(value):
+        return value, f"is of {value.dtype}"
+    with np.errstate(over="ignore"):  # what overflows is told below
+        cast = value.astype(np.float32, copy=False)
+    odd = cast.size - np.count_nonzero(np.isfinite(cast))
+    cause = "" if value.dtype == np.float32 else f" (cast from {value.dtype})"
+    return cast, f"has {odd} of {cast.size} values that are NaN or infinite{cause}" if odd else ""
 
 
 def can_inflate(shape: Shape, video: Shape) -> bool:
@@ -248,20 +284,6 @@ def _assign(
         report.inflated[key] = (tuple(shape), needed)
     result.targets[key] = target
     report.mapped[key] = target.path if count == 1 else f"{target.path}[{index}/{count}]"
-
-
-def convert_state_dict(
-    state_dict: Mapping[str, np.ndarray], rules: Rules, targets: Mapping[str, Shape]
-) -> dict[str, np.ndarray]:
-    """Return our parameters by path from a whole state dict.
-
-    Raises:
-        CheckpointError: with the report, unless every key is mapped or ignored and every target filled.
-    """
-    found = plan({key: tuple(value.shape) for key, value in state_dict.items()}, rules, targets)
-    if not found.report.complete:
-        raise CheckpointError(str(found.report))
-    return found.convert(lambda key: state_dict[key])
 
 
 def to_state_dict(params: Mapping[str, Any], rules: Rules) -> dict[str, np.ndarray]:

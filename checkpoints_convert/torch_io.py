@@ -5,7 +5,9 @@ beside tensors and plain Python values is listed by name (`Source.placeholders`)
 """
 
 import hashlib
+import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -28,16 +30,26 @@ from re2tal_jax.errors import CheckpointError, did_you_mean
 class Source:
     """What a checkpoint file holds.
 
+    path: the file that was read, in a folder the one that was found there.
     tree: nested dicts, lists and scalars as in the file, with `Tensor` leaves that are read on demand.
-    format: "safetensors", "torch zip" or "torch legacy".
+    format: "safetensors", "torch zip" or "torch legacy", with the number of shards where there are several.
     placeholders: dotted names of every foreign class or function, none of which was loaded.
-    sha256: of the whole file.
+    sha256: of the whole file; of several shards, of their names and digests.
     """
 
+    path: Path
     tree: Any
     format: str
     placeholders: tuple[str, ...]
     sha256: str
+
+    @property
+    def shard(self) -> str:
+        """A sentence where the file is but one of several by its name, else nothing."""
+        match = SHARD.search(self.path.name)
+        if match is None or int(match[2]) < 2:
+            return ""
+        return f"{self.path.name} is one shard of {int(match[2])}: name their folder, or the index ({INDEX}) in it"
 
 
 READERS: Mapping[str, Callable[[Path], Unpickled]] = {
@@ -66,14 +78,56 @@ OTHERS = (
 )
 
 
+SHARD = re.compile(r"-(\d+)-of-(\d+)\.")
+INDEX = ".index.json"
+HUGGING_FACE = tuple(name + end for name in ("model.safetensors", "pytorch_model.bin") for end in ("", INDEX))
+
+
 def read(path: str | os.PathLike[str]) -> Source:
     """Read a checkpoint; the file must stay where it is for as long as its tensors are wanted.
+
+    Args:
+        path: a file; or as Hugging Face has it, a folder with `model.safetensors`, `pytorch_model.bin` or shards of
+            them, or the index of the shards.
 
     Raises:
         RunsCodeError: it tries to run code; nothing of it was executed.
         CheckpointError: it is missing, damaged or no checkpoint; the text names the file and what was found.
     """
     path = Path(path)
+    path = next((path / name for name in HUGGING_FACE if (path / name).is_file()), path)
+    return _read_shards(path) if path.name.endswith(INDEX) else _read_file(path)
+
+
+def _read_shards(index: Path) -> Source:
+    """Return the union of the files that an index names, each key in the file where the index has it."""
+    try:
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(places.values()))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{index} is no index of shards, whose `weight_map` names a file for each key."
+        ) from error
+    odd = [name for name in names if not isinstance(name, str) or Path(name).name != name]
+    if odd or not names:
+        raise CheckpointError(f"{index} names {odd[0] if odd else 'no file'}: allowed are files of its own folder.")
+    shards = {name: _read_file(index.with_name(name)) for name in names}
+    tree = {}
+    for name, shard in shards.items():
+        held = shard.tree if isinstance(shard.tree, dict) else {}
+        wanted = {key for key, place in places.items() if place == name}
+        if held.keys() != wanted:
+            key = sorted(map(str, held.keys() ^ wanted))[0]
+            raise CheckpointError(f"{index.with_name(name)} and {index.name} disagree about {key}: copy both again.")
+        tree |= held
+    formats = ", ".join(sorted({shard.format for shard in shards.values()}))
+    placeholders = sorted({name for shard in shards.values() for name in shard.placeholders})
+    digests = "".join(f"{name} {shard.sha256}\n" for name, shard in shards.items())
+    digest = hashlib.sha256(digests.encode()).hexdigest()
+    return Source(index, tree, f"{len(shards)} shards, {formats}", tuple(placeholders), digest)
+
+
+def _read_file(path: Path) -> Source:
     try:
         kind = _recognise(path)
         tree, placeholders = READERS[kind](path)
@@ -81,7 +135,7 @@ def read(path: str | os.PathLike[str]) -> Source:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
-    return Source(tree, kind, tuple(sorted(placeholders)), digest)
+    return Source(path, tree, kind, tuple(sorted(placeholders)), digest)
 
 
 def _recognise(path: Path) -> str:
@@ -206,7 +260,9 @@ def _preferred(found: Mapping[str, Mapping[str, Any]]) -> str:
         if path in found and not (path == "ema_state_dict" and "state_dict" in found and _swapped(found[path])):
             return path
     if len(found) > 1:
-        raise CheckpointError(f"The file holds several state dicts: {', '.join(map(repr, found))}. Say which one.")
+        raise CheckpointError(
+            f"The file holds several state dicts: {', '.join(map(repr, found))}. Say which one: --state-dict NAME."
+        )
     return next(iter(found))
 
 
@@ -227,8 +283,20 @@ def _describe(tree: Any) -> str:
     return f"an object of {tree.name}" if isinstance(tree, Placeholder) else f"a {type(tree).__name__}"
 
 
+def check_target(path: Path, *, overwrite: bool) -> None:
+    """Raise CheckpointError for a file that `write` would refuse by its name."""
+    if path.suffix not in WRITERS:
+        raise CheckpointError(f"{path}: suffix {path.suffix!r}: allowed are {', '.join(WRITERS)}.")
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a directory: name a file in it.")
+    if path.exists() and not overwrite:
+        raise CheckpointError(f"{path} exists already: choose another name, or add --overwrite.")
+    if not path.absolute().parent.is_dir():
+        raise CheckpointError(f"{path} cannot be written: there is no folder {path.absolute().parent}.")
+
+
 def write(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray], *, overwrite: bool = False) -> None:
-    """Write a state dict: `.safetensors`, or `.pth` and `.pt` through torch; whole or not at all.
+    """Write a state dict: `.safetensors`, or `.pth`, `.pt` and `.bin` through torch; whole or not at all.
 
     The same tensors give the same bytes in safetensors.
 
@@ -236,10 +304,7 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray], *, ov
         CheckpointError: the file exists, cannot be written, has another suffix, or torch is needed and not installed.
     """
     path = Path(path)
-    if path.suffix not in WRITERS:
-        raise CheckpointError(f"{path}: suffix {path.suffix!r}: allowed are {', '.join(WRITERS)}.")
-    if path.exists() and not overwrite:
-        raise CheckpointError(f"{path} exists already: choose another name, or allow it to be overwritten.")
+    check_target(path, overwrite=overwrite)
     arrays = {key: np.asarray(value, order="C") for key, value in sorted(tensors.items())}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -264,7 +329,7 @@ def _write_torch(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
         import torch
     except ImportError as error:
         raise CheckpointError(
-            "Writing .pth and .pt needs torch: pip install 're2tal-jax[convert]', or write .safetensors."
+            "Writing .pth, .pt and .bin needs torch: pip install 're2tal-jax[convert]', or write .safetensors."
         ) from error
     with open(path, "wb") as file:  # of a path torch would make the name of a folder in the file
         torch.save({key: _to_torch(value) for key, value in tensors.items()}, file)
@@ -283,4 +348,5 @@ WRITERS: Mapping[str, Callable[[Path, Mapping[str, np.ndarray]], None]] = {
     ".safetensors": _write_safetensors,
     ".pth": _write_torch,
     ".pt": _write_torch,
+    ".bin": _write_torch,
 }

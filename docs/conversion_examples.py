@@ -72,6 +72,21 @@ def example(dialect: Dialect, folder: Path) -> str:
     return f"python -m checkpoints_convert {' '.join(command)}\n\n{_short(printed.getvalue())}"
 
 
+def refusal(folder: Path) -> str:
+    """Return a command that ends in an error, and all that it prints: a SlowFast 4x16 for the network of 8x8."""
+    dialect = next(d for d in DIALECTS if d.name == "pytorchvideo")
+    network = Network("", {"backbone": {"name": "slowfast_r50", **dialect.options, "fusion_kernel": 5}}, whole=False)
+    params = {path: np.zeros(shape, np.float32) for path, shape in network.shapes.items()}
+    torch_io.write(folder / "SLOWFAST_4x16_R50.safetensors", to_state_dict(params, dialect.names))
+    command = ["SLOWFAST_4x16_R50.safetensors", "--model", "slowfast_r50", "--out", "checkpoints/slowfast"]
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed), contextlib.chdir(folder):
+        code = main(command)
+    if code != 1:
+        raise RuntimeError(f"{command} was not refused:\n{printed.getvalue()}")
+    return f"python -m checkpoints_convert {' '.join(command)}\n\n{_short(printed.getvalue())}"
+
+
 def _short(text: str) -> str:
     """Return the output with digests cut, which nobody reads in a page."""
     return re.sub(r"(SHA-256 [0-9a-f]{8})[0-9a-f]{56}", r"\1…", text).rstrip()
@@ -84,6 +99,7 @@ def examples() -> str:
         for dialect in DIALECTS:
             title = f"**{dialect.family}, `{dialect.name}`**: {dialect.about}."
             blocks.append(f"{title}\n\n```text\n{example(dialect, Path(folder))}\n```")
+        blocks.append(f"**A refusal**: exit code 1.\n\n```text\n{refusal(Path(folder))}\n```")
     introduction = (
         "## One example for each dialect\n\nThe files of these examples have the keys and shapes of published ones and "
         "zeros as values."

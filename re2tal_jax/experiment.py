@@ -1,5 +1,6 @@
 """A config made into what runs: data, detector, steps, evaluation. `main.py` chooses which of it."""
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,8 +30,11 @@ from re2tal_jax.training.sharding import check_batch_size
 from re2tal_jax.training.state import Model, StateSpec, check_parameters, describe_model, describe_state
 from re2tal_jax.training.step import Preprocess
 from re2tal_jax.types import Batch
+from re2tal_jax.weights import holds_weights, load_about
 
 _BACKBONE = "backbone."
+FREE_OPTIONS = ("name", "checkpoint", "rewired", "drop_path_rate", "workspace")
+"""Arguments of a backbone that may be others than those its weights were made with."""
 _ANY_EPOCH = 2**20  # steps; stands in until the data are known
 
 
@@ -217,7 +221,7 @@ def initial_parameters(settings: Settings, model: Model) -> dict[str, np.ndarray
     """Return the backbone of `config.backbone.checkpoint` by path; empty if there is none.
 
     Raises:
-        CheckpointError: it cannot be read, or is not exactly this model's backbone.
+        CheckpointError: it cannot be read, is not exactly this model's backbone, or was made with other options.
     """
     directory = settings.backbone.get("checkpoint")
     if not directory:
@@ -231,7 +235,24 @@ def initial_parameters(settings: Settings, model: Model) -> dict[str, np.ndarray
             raise CheckpointError(f"It lacks {len(missing)} parameters: {', '.join(missing[:5])}.")
     except CheckpointError as error:
         raise CheckpointError(f"config.backbone.checkpoint = {directory!r} holds another backbone. {error}") from error
+    _check_options(settings, Path(directory))
     return backbone
+
+
+def _check_options(settings: Settings, directory: Path) -> None:
+    """Raise CheckpointError if converted weights are of a network that computes something else, sizes apart."""
+    if not holds_weights(directory):
+        return
+    made_with = load_about(directory)["config"]["backbone"]
+    # as JSON has them: lists for tuples
+    wanted = json.loads(json.dumps(resolved_config(settings)["backbone"]))
+    for key, value in made_with.items():
+        if key not in FREE_OPTIONS and key in wanted and wanted[key] != value:
+            raise CheckpointError(
+                f"config.backbone.checkpoint = {str(directory)!r} was made with {key} = {value!r}, and config.backbone."
+                f"{key} is {wanted[key]!r}, with which the same weights compute something else. Add "
+                f"--config.backbone.{key}={value!r}, or convert the source again with the value that you want."
+            )
 
 
 def abstract_batch(settings: Settings, *, max_segments: int) -> Batch:

@@ -11,12 +11,12 @@ import pytest
 from flax import nnx
 
 from checkpoints_convert.dialects.actionformer import OPENTAD
-from checkpoints_convert.rules import convert_state_dict
 from re2tal_jax.config import build
 from re2tal_jax.errors import ConfigError
 from re2tal_jax.localizers.actionformer import ActionFormer
 from re2tal_jax.localizers.layers import MaskedConv
 from tests.parity.__main__ import replay
+from tests.parity.replay import convert_state_dict
 
 GOLDEN = Path(__file__).parent / "golden" / "actionformer_local.npz"  # case c0 of parity/actionformer_thumos_local19
 # compile time is the cost of these tests

@@ -299,8 +299,9 @@ def test_a_whole_detector_goes_there_and_back(tmp_path):
     state_dict = export(network, random_params(network), "re2tal")
     assert any(key.startswith("backbone.model.backbone.layers.0.blocks.0.inv_block.Fm.") for key in state_dict)
     assert any(key.startswith("rpn_head.scale.") for key in state_dict)
-    normalizer = {"rpn_head.loss_normalizer": np.asarray(93, np.int64)}
-    torch_io.write(tmp_path / "source.safetensors", state_dict | normalizer)
+    assert state_dict["rpn_head.loss_normalizer"].dtype == np.int64
+    trained = {"rpn_head.loss_normalizer": np.asarray(93, np.int64)}
+    torch_io.write(tmp_path / "source.safetensors", state_dict | trained)
     assert convert(tmp_path / "source.safetensors", "--model", config, "--out", tmp_path / "ours") == 0
     back = ("--to", "torch", "--dialect", "re2tal", "--out", tmp_path / "back.safetensors")
     assert convert(tmp_path / "ours", *back) == 0
@@ -342,7 +343,7 @@ def test_a_file_of_another_size_lists_both_shapes(mmaction2, tmp_path, capsys):
         "backbone.layers.0.blocks.0.attn.qkv.weight (12, 4): stages.0.blocks.0.attn.qkv.kernel needs (" in captured.out
     )
     assert "parameters that no key fills" in captured.out
-    assert "nothing was written. It fits no published network." in captured.err
+    assert "nothing was written. The file fits no published network." in captured.err
     assert not (tmp_path / "ours").exists()
 
 

@@ -1,9 +1,8 @@
 """Tiny random networks of transformers and pytorchvideo, converted: the same outputs and the same gradients."""
 
 import copy
+import shutil
 import sys
-import types
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import pytest
 
 from checkpoints_convert.__main__ import main
 from checkpoints_convert.convert import plan_conversion
-from checkpoints_convert.live import compare_live
+from checkpoints_convert.live import compare_live, pytorchvideo_slowfast
 from checkpoints_convert.networks import Network, open_network
 from checkpoints_convert.rules import fill, flatten, to_state_dict
 from re2tal_jax.backbones import build_backbone
@@ -65,22 +64,13 @@ def videomae(tmp_path_factory) -> tuple[Any, Path]:
 
 
 @pytest.fixture(scope="module")
-def slowfast(tmp_path_factory) -> Iterator[tuple[Any, Path]]:
-    """Its heads import torchvision for detection alone; a stand-in keeps the import going where that is absent."""
-    stand_in = types.ModuleType("torchvision")
-    stand_in.ops = types.ModuleType("torchvision.ops")  # pyright: ignore[reportAttributeAccessIssue]
-    stand_in.ops.RoIAlign = object
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "torchvision", stand_in)
-        patch.setitem(sys.modules, "torchvision.ops", stand_in.ops)
-        pytest.importorskip("pytorchvideo")
-        from pytorchvideo.models.slowfast import create_slowfast
-
-        model = create_slowfast(model_depth=18, stem_dim_outs=(16, 2)).eval()
-        randomise(model)
-        path = tmp_path_factory.mktemp("slowfast") / "slowfast.pyth"
-        torch.save({"model_state": model.state_dict()}, path)
-        yield model, path
+def slowfast(tmp_path_factory) -> tuple[Any, Path]:
+    pytest.importorskip("pytorchvideo")
+    model = pytorchvideo_slowfast()(model_depth=18, stem_dim_outs=(16, 2)).eval()
+    randomise(model)
+    path = tmp_path_factory.mktemp("slowfast") / "slowfast.pyth"
+    torch.save({"model_state": model.state_dict()}, path)
+    return model, path
 
 
 def relative_error(ours: Any, theirs: Any) -> float:
@@ -168,6 +158,66 @@ def test_check_compares_every_stage_on_the_command_line(request, tmp_path, capsy
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("live ")]
     assert len(lines) >= 2
     assert all(line.endswith(" ok") for line in lines)
+
+
+def command(path: Path, name: str, options: dict[str, Any], *more: str) -> list[str]:
+    overrides = [f"--config.backbone.{key}={value!r}" for key, value in options.items()]
+    return [str(path), "--model", name, *overrides, *more]
+
+
+@pytest.mark.parametrize("wrong", [{"norm_epsilon": 1e-2}, {"num_heads": 2}])
+def test_check_takes_from_the_config_beside_the_file_what_no_key_tells(videomae, capsys, wrong):
+    """The weights have the same shapes; only the saved config knows that these options are wrong."""
+    _, path = videomae
+    assert main(command(path.parent, "vit_base", VIT | wrong, "--check", "--dry-run")) == 1
+    failed = [line for line in capsys.readouterr().out.splitlines() if line.endswith("FAIL")]
+    assert [line.split()[:2] for line in failed] == [["live", "features"]]
+
+
+def test_check_says_what_it_took_from_our_options_where_there_is_no_config(videomae, tmp_path, capsys):
+    _, path = videomae
+    shutil.copy(path, tmp_path / "model.safetensors")
+    assert main(command(tmp_path, "vit_base", VIT, "--check", "--dry-run")) == 0
+    assert (
+        "check    takes from our options, for the file does not tell them: layer_norm_eps = 1e-12, "
+        "num_attention_heads = 4" in capsys.readouterr().out
+    )
+
+
+def test_check_refuses_a_network_of_other_clips(videomae, capsys):
+    _, path = videomae
+    assert main(command(path, "vit_base", VIT | {"num_frames": 8}, "--check", "--dry-run")) == 1
+    assert "has num_frames = 4, ours is 8" in capsys.readouterr().err
+
+
+def test_check_says_that_the_rates_of_slowfast_are_ours(slowfast, capsys):
+    _, path = slowfast
+    assert main(command(path, "slowfast_r50", SLOWFAST, "--check", "--dry-run")) == 0
+    assert "resample_rate = 4, speed_ratio = 4" in capsys.readouterr().out
+
+
+def test_the_stand_in_for_torchvision_does_not_stay(slowfast):
+    del slowfast
+    assert getattr(sys.modules.get("torchvision"), "__file__", "a real one") is not None
+
+
+def test_from_pretrained_takes_what_is_written_for_hugging_face(videomae, tmp_path):
+    """Names on disk are q_bias and v_bias; a strict load into transformers 5 in memory would want others."""
+    transformers = pytest.importorskip("transformers")
+    model, path = videomae
+    options = VIT | {"final_norm": "pooled"}
+    assert main(command(path, "vit_base", options, "--out", str(tmp_path / "ours"))) == 0
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    shutil.copy(path.parent / "config.json", folder)
+    back = ["--to", "torch", "--dialect", "huggingface", "--out", str(folder / "model.safetensors")]
+    assert main([str(tmp_path / "ours"), *back]) == 0
+    loaded = transformers.VideoMAEForVideoClassification.from_pretrained(folder).eval()
+    video = torch.from_numpy(np.random.default_rng(4).normal(size=(1, 4, 3, 24, 24)).astype(np.float32))
+    with torch.no_grad():
+        tokens, wanted = (net.videomae(video).last_hidden_state for net in (loaded, model))
+        assert torch.equal(tokens, wanted)
+        assert torch.equal(loaded.fc_norm(tokens.mean(1)), model.fc_norm(wanted.mean(1)))
 
 
 def test_check_fails_on_a_network_that_computes_something_else(videomae):

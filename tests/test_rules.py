@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from checkpoints_convert.rules import Ignored, Rule, Rules, convert_state_dict, fill, flatten, plan, to_state_dict
+from checkpoints_convert.rules import Ignored, Rule, Rules, fill, flatten, plan, to_state_dict
 from re2tal_jax.errors import CheckpointError
+from tests.parity.replay import convert_state_dict
 
 NAMES = Rules(
     (

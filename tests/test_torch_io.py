@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import datetime
+import json
 import os
 import pathlib
 import pickle
@@ -365,7 +366,8 @@ def test_a_chain_of_lookups_that_ends_in_a_call_is_refused(tmp_path):
 
 RUN_CODE = """
     posix.system nt.system sys.exit runpy.run_path importlib.import_module pty.spawn socket.socket ctypes.CDLL
-    code.InteractiveInterpreter _pickle.loads dill.loads cloudpickle.loads webbrowser.open multiprocessing.Process
+    code.InteractiveInterpreter profile.run platform.popen requests.get inspect.getattr_static
+    _pickle.loads dill.loads cloudpickle.loads webbrowser.open multiprocessing.Process
     threading.Thread asyncio.run timeit.timeit builtins.compile builtins.globals __builtin__.apply builtins.__import__
     torch.load torch.hub.load torch.jit.load torch.utils.cpp_extension.load operator.attrgetter functools.reduce
     numpy.testing.runstring
@@ -377,6 +379,21 @@ def test_names_that_only_run_code_are_refused_with_their_name(name, tmp_path):
     module, _, function = name.rpartition(".")
     with pytest.raises(RunsCodeError, match=name.replace("__builtin__", "builtins")):
         read(write_zip(tmp_path / "a.pth", pickled(call(glob(module, function))), {}))
+
+
+HOLD_DATA = """
+    torch.utils.data.sampler.RandomSampler torch.utils.data.dataloader.DataLoader platform.uname_result
+    requests.structures.CaseInsensitiveDict inspect.Parameter inspect._ParameterKind http.HTTPStatus signal.Signals
+    urllib.parse.ParseResult distutils.version.LooseVersion code.models.Net code.Net profile.meters.Meter site.Place
+    trace.History commands.options.Options
+"""
+
+
+@pytest.mark.parametrize("name", HOLD_DATA.split())
+def test_classes_that_hold_data_are_placeholders_like_others(name, tmp_path):
+    module, _, kind = name.rpartition(".")
+    source = read(write_zip(tmp_path / "a.pth", pickled(mapping({"a": call(glob(module, kind))})), {}))
+    assert source.placeholders == (name,)
 
 
 def test_a_module_behind_a_dotted_name_is_refused(tmp_path):
@@ -470,11 +487,59 @@ def test_what_is_no_checkpoint_is_told_apart(kind, tmp_path):
 
 
 def test_missing_files_and_directories_are_named(tmp_path):
-    (tmp_path / "model.safetensors").touch()
-    with pytest.raises(CheckpointError, match=r"is a directory.*model\.safetensors"):
+    (tmp_path / "epoch_3.pth").touch()
+    with pytest.raises(CheckpointError, match=r"is a directory.*epoch_3\.pth"):
         read(tmp_path)
     with pytest.raises(CheckpointError, match="no such file"):
         read(tmp_path / "absent.pth")
+
+
+def sharded(folder: Path, suffix: str) -> dict[str, dict[str, np.ndarray]]:
+    """Two shards and their index, as Hugging Face writes them."""
+    shards = {f"model-0000{i}-of-00002{suffix}": {f"w{i}": np.full(2, i, np.float32)} for i in (1, 2)}
+    for name, tensors in shards.items():
+        write(folder / name, tensors)
+    places = {key: name for name, tensors in shards.items() for key in tensors}
+    stem = "model" if suffix == ".safetensors" else "pytorch_model"
+    (folder / f"{stem}{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return shards
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", pytest.param(".bin", marks=pytest.mark.torch)])
+def test_shards_are_read_as_one_by_their_folder_and_by_their_index(suffix, tmp_path):
+    if suffix == ".bin":
+        pytest.importorskip("torch")
+    sharded(tmp_path, suffix)
+    (index,) = tmp_path.glob("*.index.json")
+    for path in (tmp_path, index):
+        source = read(path)
+        assert {key: tensor.array().tolist() for key, tensor in source.tree.items()} == {"w1": [1, 1], "w2": [2, 2]}
+        assert source.format.startswith("2 shards, ")
+        assert source.path == index
+        assert not source.shard
+    assert "one shard of 2" in read(tmp_path / f"model-00001-of-00002{suffix}").shard
+
+
+def test_an_index_that_leads_elsewhere_or_disagrees_is_refused(tmp_path):
+    shards = sharded(tmp_path, ".safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    for content, text in (
+        ("[]", "no index of shards"),
+        ('{"weight_map": {}}', "names no file"),
+        ('{"weight_map": {"w1": "../model.safetensors"}}', "files of its own folder"),
+        (json.dumps({"weight_map": {"w1": next(iter(shards)), "w9": next(iter(shards))}}), "disagree about w9"),
+    ):
+        index.write_text(content)
+        with pytest.raises(CheckpointError, match=text):
+            read(index)
+
+
+def test_a_folder_of_hugging_face_is_its_weights(tmp_path):
+    write(tmp_path / "model.safetensors", EXPECTED)
+    (tmp_path / "config.json").write_text("{}")
+    source = read(tmp_path)
+    assert source.path == tmp_path / "model.safetensors"
+    assert source.tree.keys() == EXPECTED.keys()
 
 
 def test_other_zips_are_told_apart(tmp_path):
@@ -570,7 +635,7 @@ def test_averaged_weights_are_preferred_and_optimizers_never_chosen(tree, wanted
 def test_a_state_dict_can_be_named():
     tree = {"student": PLAIN, "teacher": AVERAGED, "optimizer": ADAM}
     assert choose_state_dict(tree, "teacher") == ("teacher", AVERAGED)
-    with pytest.raises(CheckpointError, match=r"'student', 'teacher'. Say which"):
+    with pytest.raises(CheckpointError, match=r"'student', 'teacher'. Say which one: --state-dict NAME"):
         choose_state_dict(tree)
     with pytest.raises(CheckpointError, match="Did you mean 'teacher'"):
         choose_state_dict(tree, "techer")
@@ -775,7 +840,7 @@ def test_a_traced_program_is_told_apart(torch, tmp_path):
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("suffix", [".pth", ".pt"])
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin"])
 def test_torch_reads_what_is_written_for_it(suffix, torch, tmp_path):
     path = tmp_path / f"a{suffix}"
     write(path, EXPECTED)

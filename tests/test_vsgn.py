@@ -12,11 +12,12 @@ import pytest
 from flax import nnx
 
 from checkpoints_convert.dialects.vsgn import OPENTAD
-from checkpoints_convert.rules import convert_state_dict, fill, flatten, plan, to_state_dict
+from checkpoints_convert.rules import fill, flatten, plan, to_state_dict
 from re2tal_jax.config import build
 from re2tal_jax.errors import ConfigError
 from re2tal_jax.localizers.vsgn import VSGN, VSGNOutputs, weigh_by_boundaries
 from tests.parity.__main__ import replay
+from tests.parity.replay import convert_state_dict
 
 GOLDEN = Path(__file__).parent / "golden" / "vsgn_graph.npz"  # parity/vsgn_thumos_gcn without its full gradients
 # compile time is the cost of these tests

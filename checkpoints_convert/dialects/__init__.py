@@ -12,6 +12,7 @@ LOCALIZER = Ignored(
     r"(projection|neck|rpn_head|roi_head)\..*",
     "the localizer; name a config file as the model to convert the whole detector",
 )
+LOCALIZERS: tuple[Dialect, ...] = (actionformer.OPENTAD, vsgn.OPENTAD)
 OURS = {"snippet_head.": "the head of the auxiliary loss, ours alone and not needed to detect"}
 OPENTAD_BACKBONE = "backbone.model.backbone."  # how OpenTAD's detectors call the network inside wrapper and recogniser
 
@@ -19,7 +20,7 @@ OPENTAD_BACKBONE = "backbone.model.backbone."  # how OpenTAD's detectors call th
 def detector_rules(backbone: Dialect) -> Rules:
     """Return the names of a whole OpenTAD detector whose backbone speaks the given dialect, with any localizer."""
     parts = [backbone.inside(OPENTAD_BACKBONE, "backbone.")]
-    parts += [localizer.OPENTAD.inside("", "localizer.") for localizer in (actionformer, vsgn)]
+    parts += [localizer.inside("", "localizer.") for localizer in LOCALIZERS]
     return Rules(sum((part.rules for part in parts), ()), sum((part.ignored for part in parts), ()))
 
 

@@ -1,5 +1,11 @@
 """ActionFormer as OpenTAD names it."""
 
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
 from checkpoints_convert.dialects.dialect import Dialect
 from checkpoints_convert.rules import Ignored, Rule
 
@@ -23,6 +29,15 @@ _BLOCK = (
     Rule("drop_path_mlp.scale", "drop_path_mlp.scale", "channels"),
 )
 
+_NORMALIZER = "rpn_head.loss_normalizer"
+
+
+def _normalizer(localizer: Any, keys: Iterable[str]) -> Mapping[str, np.ndarray]:
+    """Return the buffer that a strict load wants: the value that training starts from, an integer there."""
+    del keys
+    return {_NORMALIZER: np.asarray(int(localizer.loss_normalizer), np.int64)}
+
+
 OPENTAD = Dialect(
     "opentad",
     "actionformer",
@@ -45,9 +60,6 @@ OPENTAD = Dialect(
         Rule("rpn_head.reg_head", "head.reg_head", "conv"),
         Rule("rpn_head.scale.{i}.scale", "head.scales.{i}.scale"),
     ),
-    (
-        Ignored(
-            r"rpn_head\.loss_normalizer", "part of the training state, not a parameter; truncated to an integer there"
-        ),
-    ),
+    (Ignored(re.escape(_NORMALIZER), "part of the training state, not a parameter; truncated to an integer there"),),
+    constants=_normalizer,
 )

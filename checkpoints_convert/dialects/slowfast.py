@@ -4,11 +4,11 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from checkpoints_convert.dialects.dialect import HEADS, PREPROCESSING, Dialect
-from checkpoints_convert.rules import Ignored, Rule
+from checkpoints_convert.dialects.dialect import PREPROCESSING, Dialect, head
+from checkpoints_convert.rules import Ignored, Rule, Shape
 
 _COUNT = Ignored(r".*\.num_batches_tracked", "a count of training batches that evaluation does not use")
-_IGNORED = (_COUNT, HEADS, PREPROCESSING)
+_IGNORED = (_COUNT, head("cls_head"), PREPROCESSING)
 _STAGES, _CONVS = range(1, 5), (("conv1", "a"), ("conv2", "b"), ("conv3", "c"))
 
 
@@ -17,6 +17,17 @@ def _counts(network: object, keys: Iterable[str]) -> Mapping[str, np.ndarray]:
     del network
     means = [key for key in keys if key.endswith(".running_mean")]
     return {key.replace("running_mean", "num_batches_tracked"): np.asarray(0, np.int64) for key in means}
+
+
+def _fusion_kernel(shapes: Mapping[str, Shape]) -> Mapping[str, int]:
+    """Return the option that the shape (O, I, frames, 1, 1) of a lateral convolution tells."""
+    shape = shapes.get("laterals.0.conv.kernel", ())
+    return {"fusion_kernel": shape[2]} if len(shape) == 5 and shape[2] % 2 else {}
+
+
+_RATES = (
+    "no key tells resample_rate and speed_ratio: both are 4 for files called 8x8 and 16x8, and 8 for those called 4x16"
+)
 
 
 def _layer(theirs: str, ours: str, conv: str = ".conv", norm: str = ".bn") -> tuple[Rule, Rule]:
@@ -96,6 +107,8 @@ MMACTION2 = Dialect(
     _mmaction2(**_PLAIN),
     _IGNORED,
     prefixes=("backbone.", ""),
+    sizes=_fusion_kernel,
+    note=_RATES,
     constants=_counts,
 )
 RE2TAL = Dialect(
@@ -105,6 +118,8 @@ RE2TAL = Dialect(
     _mmaction2(**_REWIRED),
     _IGNORED,
     prefixes=("backbone.", ""),
+    sizes=_fusion_kernel,
+    rewired=True,
     constants=_counts,
 )
 PYSLOWFAST = Dialect(
@@ -112,8 +127,10 @@ PYSLOWFAST = Dialect(
     "slowfast",
     "PySlowFast (facebookresearch/SlowFast)",
     _pyslowfast(),
-    _IGNORED,
+    (_COUNT, head("head")),
     options={"lateral_norm": True},
+    sizes=_fusion_kernel,
+    note=_RATES,
     constants=_counts,
 )
 PYTORCHVIDEO = Dialect(
@@ -121,8 +138,10 @@ PYTORCHVIDEO = Dialect(
     "slowfast",
     "pytorchvideo's create_slowfast",
     _pytorchvideo(),
-    (_COUNT, Ignored(r"blocks\.6\..*", HEADS.reason)),
+    (_COUNT, head("blocks.6")),
     options={"lateral_norm": True},
+    sizes=_fusion_kernel,
+    note=_RATES,
     constants=_counts,
 )
 SLOWONLY = Dialect(
@@ -139,7 +158,7 @@ IMAGE_RESNET = Dialect(
     "slowonly",
     "a ResNet for images (torchvision), inflated",
     _image_resnet(),
-    (_COUNT, Ignored(r"fc\..*", HEADS.reason)),
+    (_COUNT, head("fc")),
     inflate=True,
 )
 DIALECTS = (MMACTION2, RE2TAL, PYSLOWFAST, PYTORCHVIDEO, SLOWONLY, IMAGE_RESNET)

@@ -4,14 +4,14 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from checkpoints_convert.dialects.dialect import HEADS, PREPROCESSING, Dialect
+from checkpoints_convert.dialects.dialect import PREPROCESSING, Dialect, head
 from checkpoints_convert.rules import Ignored, Rule
 from re2tal_jax.backbones.video_swin import VideoSwin
 from re2tal_jax.backbones.windows import relative_position_index
 
 _INDEX = Ignored(r".*\.relative_position_index", "a constant of the window size, computed here")
 _MASK = Ignored(r".*\.attn_mask", "a constant of the window and input size, computed here")
-_IGNORED = (_INDEX, HEADS, PREPROCESSING)
+_IGNORED = (_INDEX, head("cls_head"), PREPROCESSING)
 _BLOCK, _OURS = "layers.{i}.blocks.{j}.", "stages.{i}.blocks.{j}."
 
 
@@ -80,6 +80,7 @@ RE2TAL = Dialect(
     _IGNORED,
     prefixes=("backbone.", ""),
     constants=_indices,
+    rewired=True,
 )
 DIALECTS = (
     MMACTION2,
@@ -98,7 +99,7 @@ DIALECTS = (
         "video_swin",
         "torchvision's swin3d_t, swin3d_s, swin3d_b",
         _torchvision(),
-        _IGNORED,
+        (_INDEX, head("head")),
         constants=_indices,
     ),
     Dialect(
@@ -106,7 +107,7 @@ DIALECTS = (
         "video_swin",
         "Swin Transformer for images (microsoft), inflated",
         _names(norm="norm"),
-        (*_IGNORED, _MASK),
+        (_INDEX, _MASK, head("head")),
         inflate=True,
     ),
 )

@@ -1,17 +1,22 @@
 """VideoMAE's encoder: the original repositories (pre-training files too), mmaction2 and OpenTAD, Hugging Face."""
 
-from checkpoints_convert.dialects.dialect import HEADS, Dialect
+from checkpoints_convert.dialects.dialect import PREPROCESSING, Dialect, head
 from checkpoints_convert.rules import Ignored, Rule
 
-_DECODER = Ignored(
-    r"(.*\.)?(decoder|encoder_to_decoder|mask_token|pos_embed_decoder)(\..*)?", "of pre-training's decoder"
-)
-_IGNORED = (_DECODER, HEADS)
-_NORM = "the norm before the classifier; features are taken before it (final_norm='none')"
+_DECODER = Ignored(r"(decoder|encoder_to_decoder)\..*|mask_token", "of pre-training's decoder")
+_NORMS = {  # final_norm -> what its parameters are; a network has one of them or none
+    "pooled": "the norm of the tokens' mean, before a classifier; only a network with final_norm='pooled' has it",
+    "tokens": "the norm of the last tokens; only a network with final_norm='tokens' has it",
+}
 _TABLE = {"pos_embed": "the fixed table of sines and cosines, which such files do not hold"}
 
 
-def _names(*, patch: str, fc1: str, fc2: str, norms: tuple[str, ...]) -> tuple[Rule, ...]:
+def _final(name: str, final_norm: str, *, outside: bool = False) -> Rule:
+    """Return the rule of a norm behind the last block, which is ours if the network is built with it."""
+    return Rule(name, "norm", "norm", optional=_NORMS[final_norm], when=("final_norm", final_norm), outside=outside)
+
+
+def _names(*, patch: str, fc1: str, fc2: str, final: tuple[Rule, ...]) -> tuple[Rule, ...]:
     """Return the names of the original repository, with what differs in others."""
     return (
         Rule(patch, "patch_embed.proj", "conv"),
@@ -23,7 +28,7 @@ def _names(*, patch: str, fc1: str, fc2: str, norms: tuple[str, ...]) -> tuple[R
         Rule("blocks.{i}.norm2", "blocks.{i}.mlp.norm", "norm"),
         Rule(f"blocks.{{i}}.{fc1}", "blocks.{i}.mlp.fc1", "linear"),
         Rule(f"blocks.{{i}}.{fc2}", "blocks.{i}.mlp.fc2", "linear"),
-        *(Rule(norm, "norm", "norm", optional=_NORM) for norm in norms),
+        *final,
     )
 
 
@@ -46,27 +51,29 @@ def _hugging_face() -> tuple[Rule, ...]:
         Rule(theirs + "layernorm_after", ours + "mlp.norm", "norm"),
         Rule(theirs + "intermediate.dense", ours + "mlp.fc1", "linear"),
         Rule(theirs + "output.dense", ours + "mlp.fc2", "linear"),
-        Rule("layernorm", "norm", "norm", optional=_NORM),
+        _final("layernorm", "tokens"),
+        _final("fc_norm", "pooled", outside=True),
     )
 
 
+_BOTH = (_final("fc_norm", "pooled"), _final("norm", "tokens"))
 VIDEOMAE = Dialect(
     "videomae",
     "vit",
     "the repositories VideoMAE and VideoMAEv2, fine-tuned",
     (
-        *_names(patch="patch_embed.proj", fc1="mlp.fc1", fc2="mlp.fc2", norms=("fc_norm", "norm")),
+        *_names(patch="patch_embed.proj", fc1="mlp.fc1", fc2="mlp.fc2", final=_BOTH),
         Rule("pos_embed", "pos_embed", "table", read_only=True),
     ),
-    _IGNORED,
+    (head("head"),),
     computed=_TABLE,
 )
 PRETRAINED = Dialect(
     "videomae_pretrain",
     "vit",
     "the repositories VideoMAE and VideoMAEv2, the encoder of a pre-training file",
-    _names(patch="patch_embed.proj", fc1="mlp.fc1", fc2="mlp.fc2", norms=("norm",)),
-    _IGNORED,
+    _names(patch="patch_embed.proj", fc1="mlp.fc1", fc2="mlp.fc2", final=(_final("norm", "tokens"),)),
+    (_DECODER,),
     prefixes=("encoder.",),
     computed=_TABLE,
 )
@@ -76,9 +83,9 @@ MMACTION2 = Dialect(
     "mmaction2's VisionTransformer, OpenTAD's VisionTransformerCP",
     (
         Rule("pos_embed", "pos_embed", "table"),
-        *_names(patch="patch_embed.projection", fc1="mlp.layers.0.0", fc2="mlp.layers.1", norms=("fc_norm", "norm")),
+        *_names(patch="patch_embed.projection", fc1="mlp.layers.0.0", fc2="mlp.layers.1", final=_BOTH),
     ),
-    _IGNORED,
+    (head("cls_head"), PREPROCESSING),
     prefixes=("backbone.", ""),
 )
 HUGGING_FACE = Dialect(
@@ -86,7 +93,7 @@ HUGGING_FACE = Dialect(
     "vit",
     "transformers' VideoMAEModel and what holds one",
     _hugging_face(),
-    (*_IGNORED, Ignored(r"fc_norm\..*", _NORM)),
+    (_DECODER, head("classifier")),
     prefixes=("videomae.", ""),
     options={"norm_epsilon": 1e-12},  # of transformers' VideoMAEConfig; the original networks have 1e-6
     computed=_TABLE,

@@ -14,10 +14,10 @@ import numpy as np
 from flax import nnx
 
 from checkpoints_convert.dialects.actionformer import OPENTAD
-from checkpoints_convert.rules import convert_state_dict, fill, flatten, to_state_dict
+from checkpoints_convert.rules import fill, flatten, to_state_dict
 from re2tal_jax.localizers.actionformer import ActionFormer
 from re2tal_jax.localizers.layers import sinusoid
-from tests.parity.replay import Row, compare
+from tests.parity.replay import Row, compare, convert_state_dict
 
 OUT, LOSS, GRADIENT = 1e-5, 1e-5, 1e-4  # MANIFEST (f): max-norm relative; masks and targets are exact
 # Softmax ignores a shift of all keys: these gradients are zero, what the reference recorded is rounding (item 24).

@@ -11,7 +11,7 @@ from flax import nnx
 
 from checkpoints_convert.dialects import detector_rules
 from checkpoints_convert.dialects.video_swin import MMACTION2, RE2TAL
-from checkpoints_convert.rules import Rules, convert_state_dict, fill, flatten, to_state_dict
+from checkpoints_convert.rules import Rules, fill, flatten, to_state_dict
 from re2tal_jax.backbones import video_swin
 from re2tal_jax.detector import Detector
 from re2tal_jax.training.optim import assign_rules, recipe_rules
@@ -21,7 +21,7 @@ from tests.parity.actionformer import (
     compare_gradients,
     reference_localizer,
 )
-from tests.parity.replay import Row, compare
+from tests.parity.replay import Row, compare, convert_state_dict
 
 OUT, GRADIENT = 2e-5, 3e-4  # MANIFEST (n)
 

@@ -1,39 +1,28 @@
-"""A row of the parity table, the max-norm comparison behind it, and the rows that every network's golden file has."""
+"""What every network's golden file needs: its weights converted, and rows of the table, one for each array."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 import numpy as np
 
+from checkpoints_convert.rules import Rules, Shape, plan
+from checkpoints_convert.verify import Row, compare
+from re2tal_jax.errors import CheckpointError
 
-@dataclass(frozen=True)
-class Row:
-    """One compared array: its relative error in the max norm, and what is allowed."""
-
-    name: str
-    error: float
-    tolerance: float
-
-    @property
-    def passed(self) -> bool:
-        return self.error <= self.tolerance  # False for NaN
+__all__ = ["Row", "compare", "compare_gradients", "compare_loss", "convert_state_dict"]
 
 
-def compare(name: str, got: object, want: object, tolerance: float) -> Row:
-    """Return max|got - want| / max|want|; a wrong shape, or NaN in only one of the two, is an infinite error."""
-    got, want = np.asarray(got), np.asarray(want)
-    if got.shape != want.shape:
-        return Row(f"{name} {got.shape} != {want.shape}", np.inf, tolerance)
-    if want.dtype.kind in "fc" or got.dtype.kind in "fc":
-        got, want = got.astype(np.float64), want.astype(np.float64)
-        if not np.array_equal(np.isfinite(got), np.isfinite(want)):
-            return Row(name, np.inf, tolerance)
-        finite = np.isfinite(want)
-        if not np.array_equal(got[~finite], want[~finite], equal_nan=True):
-            return Row(name, np.inf, tolerance)
-        difference = np.abs(got[finite] - want[finite]).max(initial=0.0)
-        return Row(name, float(difference / max(np.abs(want[finite]).max(initial=0.0), 1e-30)), tolerance)
-    return Row(name, float(np.mean(got != want)) if got.size else 0.0, tolerance)
+def convert_state_dict(
+    state_dict: Mapping[str, np.ndarray], rules: Rules, targets: Mapping[str, Shape]
+) -> dict[str, np.ndarray]:
+    """Return our parameters by path from a whole state dict.
+
+    Raises:
+        CheckpointError: with the report, unless every key is mapped or ignored and every target filled.
+    """
+    found = plan({key: tuple(value.shape) for key, value in state_dict.items()}, rules, targets)
+    if not found.report.complete:
+        raise CheckpointError(str(found.report))
+    return found.convert(lambda key: state_dict[key])
 
 
 def compare_loss(name: str, loss: float, wanted: float, terms: np.ndarray, tolerance: float) -> Row:

@@ -14,10 +14,10 @@ import numpy as np
 from flax import nnx
 
 from checkpoints_convert.dialects.slowfast import MMACTION2, RE2TAL
-from checkpoints_convert.rules import Rules, convert_state_dict, fill, flatten, to_state_dict
+from checkpoints_convert.rules import Rules, fill, flatten, to_state_dict
 from re2tal_jax.backbones.resnet3d import DEPTHS
 from re2tal_jax.backbones.slowfast import SlowFast
-from tests.parity.replay import Row, compare, compare_gradients, compare_loss
+from tests.parity.replay import Row, compare, compare_gradients, compare_loss, convert_state_dict
 
 OUT, GRADIENT_X, GRADIENT = 1e-5, 1e-5, 2e-4  # MANIFEST (c, d): max-norm relative; ReLU has kinks
 PATHWAYS = ("slow", "fast")

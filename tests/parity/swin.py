@@ -14,9 +14,9 @@ import numpy as np
 from flax import nnx
 
 from checkpoints_convert.dialects.video_swin import MMACTION2, RE2TAL
-from checkpoints_convert.rules import convert_state_dict, fill, flatten, to_state_dict
+from checkpoints_convert.rules import fill, flatten, to_state_dict
 from re2tal_jax.backbones import video_swin
-from tests.parity.replay import Row, compare, compare_gradients, compare_loss
+from tests.parity.replay import Row, compare, compare_gradients, compare_loss, convert_state_dict
 
 OUT, GRADIENT = 1e-5, 5e-5  # MANIFEST (a, b): max-norm relative
 

@@ -12,9 +12,9 @@ from einops import rearrange
 from flax import nnx
 
 from checkpoints_convert.dialects.vit import MMACTION2
-from checkpoints_convert.rules import convert_state_dict, fill, flatten, to_state_dict
+from checkpoints_convert.rules import fill, flatten, to_state_dict
 from re2tal_jax.backbones.vit import VisionTransformer
-from tests.parity.replay import Row, compare, compare_gradients, compare_loss
+from tests.parity.replay import Row, compare, compare_gradients, compare_loss, convert_state_dict
 
 OUT, GRADIENT = 1e-5, 5e-5  # MANIFEST (e): max-norm relative
 

@@ -11,14 +11,14 @@ import numpy as np
 from flax import nnx
 
 from checkpoints_convert.dialects.vsgn import OPENTAD
-from checkpoints_convert.rules import convert_state_dict, fill, flatten, to_state_dict
+from checkpoints_convert.rules import fill, flatten, to_state_dict
 from re2tal_jax.localizers.vsgn import NORMALIZERS, VSGN, weigh_by_boundaries
 from re2tal_jax.localizers.vsgn_targets import pyramid_anchors
 from re2tal_jax.postprocess import PostprocessConfig
 from tests.parity.actionformer import COMPILER_OPTIONS, padded_inputs
 from tests.parity.nms import config_of
 from tests.parity.postproc import external_classifier, run_postprocess, same_detections
-from tests.parity.replay import Row, compare, compare_gradients
+from tests.parity.replay import Row, compare, compare_gradients, convert_state_dict
 
 OUT, LOSS, GRADIENT = 1e-5, 1e-5, 3e-4  # MANIFEST (g): max-norm relative; masks are exact
 INITIAL = 100.0  # of the three normalizers
