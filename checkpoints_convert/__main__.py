@@ -95,8 +95,8 @@ def _to_jax(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> in
         shard = f"{conversion.source.shard}. " if conversion.source.shard else ""
         raise CheckpointError(
             "not every key is mapped and every parameter filled (see above); nothing was written. "
-            f"{shard}{what_would_fit(conversion)} Sizes are set by --config.backbone.KEY=VALUE; --allow-missing REGEX "
-            "initialises parameters anew."
+            f"{shard}{what_would_fit(conversion)} Sizes are set by --config.backbone.KEY=VALUE, KEY one of "
+            f"{', '.join(conversion.network.option_names)}; --allow-missing REGEX initialises parameters anew."
         )
     conversion.parameters()  # values that are no weights are known in a dry run too
     rows = _verify(options, conversion)

@@ -102,6 +102,12 @@ class Network:
         return {key: value for key, value in mine.items() if key not in FREE_OPTIONS and theirs.get(key) != value}
 
     @property
+    def option_names(self) -> list[str]:
+        """The backbone's arguments that make other weights fit, or mean something else."""
+        backbone = Network(self.name, {"backbone": self.config["backbone"]}, whole=False).resolved()["backbone"]
+        return sorted(backbone.keys() - set(FREE_OPTIONS))
+
+    @property
     def _options(self) -> dict[str, Any]:
         return {key: value for key, value in self.config["backbone"].items() if key not in _NOT_OPTIONS}
 

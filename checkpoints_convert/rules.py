@@ -245,7 +245,8 @@ def plan(shapes: Mapping[str, Shape], rules: Rules, targets: Mapping[str, Shape]
             report.ignored[key] = found[0].optional
         else:
             wanted = found[0].path if found else key
-            close = difflib.get_close_matches(wanted, targets, n=1, cutoff=0.0)
+            free = [path for path in targets if path not in filled] or targets
+            close = difflib.get_close_matches(wanted, free, n=1, cutoff=0.0)
             why = f"the network has no parameter {wanted}" if found else "no rule matches"
             report.unmapped[key] = why + (f"; nearest: {close[0]}" if close else "")
     for path, shape in targets.items():

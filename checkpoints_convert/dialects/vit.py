@@ -8,6 +8,10 @@ _NORMS = {  # final_norm -> what its parameters are; a network has one of them o
     "pooled": "the norm of the tokens' mean, before a classifier; only a network with final_norm='pooled' has it",
     "tokens": "the norm of the last tokens; only a network with final_norm='tokens' has it",
 }
+_SIZES = (
+    "no key tells num_heads, num_frames and image_size (the last two make the table of positions): set them with "
+    "--config.backbone.KEY=VALUE where they are not those of the published network"
+)
 _TABLE = {"pos_embed": "the fixed table of sines and cosines, which such files do not hold"}
 
 
@@ -67,6 +71,7 @@ VIDEOMAE = Dialect(
     ),
     (head("head"),),
     computed=_TABLE,
+    note=_SIZES,
 )
 PRETRAINED = Dialect(
     "videomae_pretrain",
@@ -76,6 +81,7 @@ PRETRAINED = Dialect(
     (_DECODER,),
     prefixes=("encoder.",),
     computed=_TABLE,
+    note=_SIZES,
 )
 MMACTION2 = Dialect(
     "mmaction2",
@@ -97,5 +103,6 @@ HUGGING_FACE = Dialect(
     prefixes=("videomae.", ""),
     options={"norm_epsilon": 1e-12},  # of transformers' VideoMAEConfig; the original networks have 1e-6
     computed=_TABLE,
+    note=_SIZES,
 )
 DIALECTS = (VIDEOMAE, PRETRAINED, MMACTION2, HUGGING_FACE)
