@@ -72,7 +72,7 @@ class PatchProjection(nnx.Module):
         shape = (time * height * width * in_channels, dim)
         kernel = jax.nn.initializers.lecun_normal()(rngs.params(), shape, jnp.float32)
         self.kernel = nnx.Param(kernel.reshape(time, height, width, in_channels, dim))
-        self.bias = nnx.Param(jnp.zeros(dim, jnp.float32))
+        self.bias = nnx.Param(jax.nn.initializers.zeros(rngs.params(), (dim,), jnp.float32))
 
     def __call__(self, video: Float[Array, "B F H W C"]) -> Float[Array, "B T h w D"]:
         """Return one token a patch in the compute dtype; F, H and W are multiples of the patch."""
