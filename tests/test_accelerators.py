@@ -1,5 +1,9 @@
 """Targets: what names them, how many devices they are, what is said of those that cannot be."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from re2tal_jax import accelerators
@@ -70,6 +74,16 @@ def test_absent_devices_are_as_many_and_of_the_kind_that_was_asked_for(text, kin
     devices = absent_devices(text)
     assert len(devices) == read_target(text).count
     assert {device.device_kind for device in devices} == {kind}
+
+
+def test_a_gpu_is_compiled_for_where_jax_finds_no_cuda_libraries():
+    if not is_available("h100"):
+        pytest.skip("no compiler for h100: pip install '.[aot]'")
+    code = "from re2tal_jax.accelerators import absent_devices; print(absent_devices('h100')[0].device_kind)"
+    # the tests' own JAX_PLATFORMS keeps jax from looking for them
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert result.stdout.strip() == "NVIDIA H100 80GB HBM3", result.stderr
 
 
 def test_a_grid_of_chips_that_is_not_built_is_refused_in_one_sentence():

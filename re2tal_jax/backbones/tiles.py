@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
 from re2tal_jax.chunks import add_stretch, count_chunks, read_stretch
@@ -37,7 +38,7 @@ class GridTiles:
 
     def read(self, state: Float[Array, "B T H *rest"], tile: Int[Array, ""] | int) -> Float[Array, "B t h *rest"]:
         """Return a tile."""
-        rows = []
+        state, rows = _row_major(state), []
         for top, _, height in self._pieces(tile, 0):
             row = []
             for left, _, width in self._pieces(tile, 1):
@@ -54,7 +55,7 @@ class GridTiles:
             for left, column, width in self._pieces(tile, 1):
                 part = value[:, row : row + height, column : column + width]
                 state = lax.dynamic_update_slice(state, part, _begin(state, top, left))
-        return state
+        return _row_major(state)
 
     def _pieces(self, tile: Int[Array, ""] | int, axis: int) -> Iterator[Piece]:
         """Yield the pieces of a tile along an axis: a shifted one may go over the end and on at the beginning.
@@ -65,6 +66,15 @@ class GridTiles:
         yield begin + shift, 0, length - shift
         if shift:
             yield (begin + length) % self.size[axis], length - shift, shift
+
+
+def _row_major(state: Array) -> Array:
+    """Hold a state in the order of its axes.
+
+    A TPU's compiler else lets each branch have its states as it likes its tiles, and copies them whole between an
+    attention and an MLP.
+    """
+    return with_layout_constraint(state, Layout(major_to_minor=tuple(range(state.ndim))))
 
 
 def _begin(state: Array, top: Int[Array, ""] | int, left: Int[Array, ""] | int) -> list[Int[Array, ""]]:
