@@ -66,7 +66,7 @@ def get_config() -> ConfigDict:
             # The auxiliary loss is ours too; without it random weights learn nothing in this time (see Detector).
             detector=dict(pixel_mean=(127.5, 127.5, 127.5), pixel_std=(63.75, 63.75, 63.75), snippet_loss_weight=5.0),
             parameter_groups=dict(
-                localizer_lr=2.5e-3, backbone_lr=2.5e-3, weight_decay=0.05, freeze_backbone_norms=False
+                localizer_lr=1.8e-3, backbone_lr=1.8e-3, weight_decay=0.05, freeze_backbone_norms=False
             ),
             optimizer=dict(
                 schedule=dict(decay="cosine", length=dict(steps=2000), warmup=dict(steps=60), min_lr=1e-6),
