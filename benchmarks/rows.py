@@ -4,7 +4,7 @@ import csv
 import datetime
 import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 
@@ -13,11 +13,22 @@ Row = tuple[str, str, float, str]
 """Benchmark, setting, value, unit."""
 
 
-def append_rows(path: Path, rows: Iterable[Row], *, packages: tuple[str, ...], cores: int | None = None) -> None:
-    """Append rows, with date, machine and the versions of `packages`, to a CSV that is made if absent."""
+def append_rows(
+    path: Path,
+    rows: Iterable[Row],
+    *,
+    packages: tuple[str, ...],
+    cores: int | None = None,
+    others: Mapping[str, str] | None = None,
+) -> None:
+    """Append rows, with date, machine and the versions of `packages`, to a CSV that is made if absent.
+
+    `others` are versions of what took part and is not installed here, by name.
+    """
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
     machine = f"{platform.machine()}, {cores or os.cpu_count()} of {os.cpu_count()} cores"
-    versions = ", ".join([f"python {platform.python_version()}", *(f"{name} {version(name)}" for name in packages)])
+    installed = {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    versions = ", ".join(f"{name} {number}" for name, number in {**installed, **(others or {})}.items())
     new = not path.exists()
     with open(path, "a", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)

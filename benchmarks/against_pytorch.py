@@ -1,0 +1,627 @@
+"""Swin backbones of OpenTAD and ours in turns; `python -m benchmarks.against_pytorch --opentad DIR [--out FILE.csv]`.
+
+DIR is a checkout of github.com/sming256/OpenTAD, --python an interpreter with PyTorch, mmaction2 and mmcv or mmcv-lite.
+OpenTAD's plain, checkpointed and reversible backbones and our plain and rewired ones get the same weights and the same
+clip, batch 1. Before anything is timed, features and the gradients of all parameters are compared, plain with plain and
+rewired with rewired. Then each lives in a process of its own and they take turns, step by step, one running at a time.
+A step is forward and backward of mean(features**2), without drop path.
+
+Where PyTorch and JAX both see a GPU, steps run there in bfloat16 (float32 states in ours), and its memory is told; else
+on the processor in float32. Memory of a process counts from its birth, imports and parameters included; what ours
+compiles is compiled before, in another process. Ctrl-C ends the rounds: what was measured is reported.
+"""
+
+import argparse
+import io
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks.opentad_worker import BACKBONE
+from benchmarks.rows import Row, append_rows
+from checkpoints_convert.convert import export
+from checkpoints_convert.networks import Network
+from checkpoints_convert.verify import compare
+from re2tal_jax.backbones import list_backbones
+from re2tal_jax.errors import ConfigError, Re2TalError, did_you_mean
+
+ROOT = Path(__file__).resolve().parents[1]
+FAMILY = "video_swin"
+MIB = 2**20
+TOLERANCE = 1e-3
+"""Of float32 features and gradients, relative to the largest value of each array; what is seen is near 1e-5."""
+CHECK_FRAMES = 64
+"""Outputs are compared on so many frames at most: in float32 a plain network needs twice the memory of its steps."""
+PAUSE = 0.25
+"""Seconds between two turns: idle threads of the one before may spin for some time."""
+PROVIDERS = {"mmaction": "mmaction2", "mmcv": "mmcv-lite", "cv2": "opencv-python-headless"}
+"""Packages whose modules are called otherwise."""
+
+
+class BenchmarkError(Re2TalError):
+    """Contestants that compute different things, or none left to time."""
+
+
+class WorkerError(Re2TalError):
+    """A contestant's process that failed or died; `module` is what it could not import, if that was it."""
+
+    def __init__(self, text: str, module: str = ""):
+        super().__init__(text)
+        self.module = module
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One backbone.
+
+    Args:
+        title: what it is called, unique.
+        ours: whose it is.
+        rewired: whether it computes the rewired network or the ordinary one.
+        command: its worker.
+        build: arguments of the worker's command `build`.
+        environment: of the worker, beside this process's own.
+    """
+
+    title: str
+    ours: bool
+    rewired: bool
+    command: tuple[str, ...]
+    build: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Measured:
+    """What was seen of a contestant: seconds of each step; memory in bytes, before its first step and at most."""
+
+    seconds: list[float]
+    start: int
+    peak: int = 0
+    device_peak: int | None = None
+
+    @property
+    def fastest(self) -> float:
+        """Seconds of its fastest step."""
+        return min(self.seconds)
+
+    @property
+    def median(self) -> float:
+        """Seconds of its median step."""
+        return statistics.median(self.seconds)
+
+    @property
+    def memory(self) -> int:
+        """Bytes that it is compared by: the GPU's if it ran there."""
+        return self.peak if self.device_peak is None else self.device_peak
+
+
+# ---- Workers
+
+
+class Worker:
+    """A contestant's process; `ask` it, one command at a time."""
+
+    def __init__(self, contestant: Contestant, log: Path):
+        self.title, self._log = contestant.title, log
+        with log.open("wb") as stderr:
+            self._process = subprocess.Popen(
+                contestant.command,
+                cwd=ROOT,
+                env={**os.environ, **contestant.environment},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                start_new_session=True,  # Ctrl-C is for the conductor
+                text=True,
+                encoding="utf-8",
+            )
+
+    def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
+        """Return the answer to a command.
+
+        Raises:
+            WorkerError: the command failed, or the process is gone.
+        """
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            raise WorkerError(f"{self.title}: {self._death()} at the command {do}.\n{self._words()}")
+        answer = json.loads(line)
+        if "error" in answer:
+            text = f"{self.title}: {do} failed with {answer['kind']}: {answer['error']}\n{self._words()}"
+            raise WorkerError(text, answer.get("module", ""))
+        return answer
+
+    def _death(self) -> str:
+        code = self._process.wait()
+        if code == -signal.SIGKILL:
+            return "the process was killed, as the system does when memory runs out,"
+        return f"the process ended with exit code {code}"
+
+    def _words(self) -> str:
+        lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()
+        return "\n".join(f"    {line}" for line in lines[-8:])
+
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            self._process.communicate(timeout=10)  # closes its stdin, at which it ends
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.communicate()
+
+
+@contextmanager
+def started(contestant: Contestant, folder: Path) -> Iterator[Worker]:
+    """Start a contestant's worker, and end it whatever happens; `folder` keeps what it says."""
+    worker = Worker(contestant, folder / f"{contestant.title}.log")
+    try:
+        yield worker
+    finally:
+        worker.close()
+
+
+# ---- The same outputs?
+
+
+def compare_outputs(
+    contestants: Sequence[Contestant],
+    frames: int,
+    folder: Path,
+    translate: Callable[[Contestant, Mapping[str, np.ndarray]], Mapping[str, np.ndarray]],
+) -> list[Contestant]:
+    """Return the contestants that could be run, after comparing features and gradients of those that are to agree.
+
+    Our workers run a timed step too, so that what they compile is on disk when they are timed.
+
+    Args:
+        contestants: all of them.
+        frames: how many frames to compare on.
+        folder: for what workers write and say.
+        translate: gives arrays by our paths under the names of a contestant of OpenTAD's.
+
+    Raises:
+        BenchmarkError: arrays differ by more than TOLERANCE, or on one side nothing could be run.
+    """
+    outputs: dict[str, dict[str, np.ndarray]] = {}
+    running = []
+    for contestant in contestants:
+        out = folder / f"{contestant.title}.npz"
+        try:
+            with started(contestant, folder) as worker:
+                worker.ask("build", **contestant.build)
+                worker.ask("check", frames=frames, out=str(out))
+                if contestant.ours:
+                    worker.ask("step")
+        except WorkerError as error:
+            print(f"left out   {error}")
+            continue
+        with np.load(out, allow_pickle=False) as arrays:
+            outputs[contestant.title] = {name: arrays[name] for name in arrays.files}
+        out.unlink()
+        running.append(contestant)
+    for side, ours in (("OpenTAD's", False), ("ours", True)):
+        if not any(contestant.ours == ours for contestant in running):
+            raise BenchmarkError(f"None of {side} could be run; the reasons are above.")
+    for theirs in (c for c in running if not c.ours):
+        partners = [c for c in running if c.ours and c.rewired == theirs.rewired]
+        if not partners:
+            print(f"unchecked  {theirs.title}: none of ours computes the same")
+        for ours in partners:
+            _compare_pair(ours, theirs, outputs[ours.title], outputs[theirs.title], translate)
+    return running
+
+
+def _compare_pair(
+    ours: Contestant,
+    theirs: Contestant,
+    mine: Mapping[str, np.ndarray],
+    other: Mapping[str, np.ndarray],
+    translate: Callable[[Contestant, Mapping[str, np.ndarray]], Mapping[str, np.ndarray]],
+) -> None:
+    """Print the largest difference of features and of gradients, and raise BenchmarkError if one is too large."""
+    prefix = "gradient "
+    gradients = {name.removeprefix(prefix): value for name, value in mine.items() if name.startswith(prefix)}
+    mine = {"features": mine["features"]}
+    mine.update({prefix + name: value for name, value in translate(theirs, gradients).items()})
+    if odd := sorted(mine.keys() ^ other.keys()):
+        raise BenchmarkError(
+            f"{ours.title} and {theirs.title} do not give the same arrays: {len(odd)} are of one alone, such as "
+            f"{odd[0]}."
+        )
+    features = compare("features", mine["features"], other["features"], TOLERANCE)
+    worst = max(
+        (compare(name, mine[name], other[name], TOLERANCE) for name in mine if name != "features"),
+        key=lambda row: row.error,
+    )
+    print(
+        f"checked    {ours.title} against {theirs.title}: features differ by {features.error:.1e}, of "
+        f"{len(mine) - 1} gradients at most by {worst.error:.1e}"
+    )
+    for row in (features, worst):
+        if not row.passed:
+            raise BenchmarkError(
+                f"{ours.title} and {theirs.title} compute different things: {row.name} differs by {row.error:.1e} of "
+                f"its largest value, allowed is {TOLERANCE:.0e}. Nothing was timed."
+            )
+
+
+# ---- Turns
+
+
+def take_turns(contestants: Sequence[Contestant], repeats: int, folder: Path) -> dict[str, Measured]:
+    """Return what was measured, by title: all processes alive, one step of each in turn, `repeats` times.
+
+    Each has one step before, which is not counted. Every round begins with another contestant. One that fails is told
+    and left out; KeyboardInterrupt ends the rounds if one is complete.
+    """
+    with ExitStack() as stack:
+        workers: dict[str, Worker] = {}
+        measured: dict[str, Measured] = {}
+
+        def attempt(title: str, *commands: tuple[str, dict[str, Any]]) -> list[dict[str, Any]] | None:
+            try:
+                return [workers[title].ask(do, **arguments) for do, arguments in commands]
+            except WorkerError as error:
+                print(f"left out   {error}")
+                del workers[title]
+                measured.pop(title, None)
+                return None
+
+        for contestant in contestants:
+            workers[contestant.title] = stack.enter_context(started(contestant, folder))
+            if answers := attempt(contestant.title, ("build", dict(contestant.build)), ("step", {})):
+                measured[contestant.title] = Measured([], answers[0]["rss"])
+                if contestant.ours and not answers[1]["from_cache"]:
+                    print(f"note       {contestant.title} was compiled in its process: its peak memory is of that")
+        try:
+            for number in range(repeats):
+                for title in _rotated(list(workers), number):
+                    time.sleep(PAUSE)
+                    if answers := attempt(title, ("step", {})):
+                        measured[title].seconds.append(answers[0]["seconds"])
+                now = ", ".join(f"{title} {m.seconds[-1]:.3f} s" for title, m in measured.items())
+                print(f"round {number + 1}/{repeats}  {now}")
+        except KeyboardInterrupt:
+            complete = min((len(m.seconds) for m in measured.values()), default=0)
+            if not complete:
+                raise
+            print(f"interrupted after {complete} complete rounds")
+        for title in list(workers):
+            if answers := attempt(title, ("memory", {})):
+                measured[title].peak = answers[0]["peak"]
+                measured[title].device_peak = answers[0].get("device_peak")
+    return measured
+
+
+def _rotated(titles: list[str], by: int) -> list[str]:
+    by %= max(len(titles), 1)
+    return titles[by:] + titles[:by]
+
+
+# ---- What is told
+
+
+def table(measured: Mapping[str, Measured]) -> str:
+    """Return the figures of every contestant, for people."""
+    width = max(map(len, measured))
+    lines = [f"{'':{width}s}  fastest s  median s  peak RSS MiB  above start MiB  GPU peak MiB"]
+    for title, m in measured.items():
+        device = "-" if m.device_peak is None else f"{m.device_peak / MIB:,.0f}"
+        lines.append(
+            f"{title:{width}s}  {m.fastest:9.3f}  {m.median:8.3f}  {m.peak / MIB:12,.0f}  "
+            f"{(m.peak - m.start) / MIB:15,.0f}  {device:>12s}"
+        )
+    return "\n".join(lines)
+
+
+def ratios(contestants: Sequence[Contestant], measured: Mapping[str, Measured]) -> Iterator[tuple[str, float]]:
+    """Yield (name, value): each of our rewired ones against all that are not, in the fastest step, then in memory."""
+    present = [c for c in contestants if c.title in measured]
+    for ours in (c for c in present if c.ours and c.rewired):
+        for other in (c for c in present if not (c.ours and c.rewired)):
+            a, b = measured[ours.title], measured[other.title]
+            yield f"{ours.title} / {other.title}, fastest step", a.fastest / b.fastest
+            yield f"{ours.title} / {other.title}, peak memory", a.memory / b.memory
+
+
+def rows(where: str, contestants: Sequence[Contestant], measured: Mapping[str, Measured]) -> Iterator[Row]:
+    """Yield the rows of the CSV; `where` is the setting that all have in common."""
+    for title, m in measured.items():
+        yield "against PyTorch", f"{where}: {title}, fastest step", m.fastest, "s"
+        yield "against PyTorch", f"{where}: {title}, median step", m.median, "s"
+        yield "against PyTorch", f"{where}: {title}, peak RSS", m.peak / MIB, "MiB"
+        yield (
+            "against PyTorch",
+            f"{where}: {title}, peak RSS above that before the first step",
+            (m.peak - m.start) / MIB,
+            "MiB",
+        )
+        if m.device_peak is not None:
+            yield "against PyTorch", f"{where}: {title}, peak of the GPU's memory", m.device_peak / MIB, "MiB"
+    for name, value in ratios(contestants, measured):
+        yield "against PyTorch", f"{where}: {name}", value, ""
+
+
+# ---- Contestants of this benchmark
+
+
+def random_parameters(shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> dict[str, np.ndarray]:
+    """Return generic parameters by path, float32.
+
+    Freshly drawn ones would not do: behind a norm of scale 1 and bias 0 the loss is 1 whatever is before it, and every
+    gradient 0.
+    """
+    generator = np.random.default_rng(seed)
+    result = {}
+    for path, shape in shapes.items():
+        noise = generator.normal(size=shape).astype(np.float32)
+        if path.endswith(".kernel"):
+            result[path] = noise / np.float32(np.sqrt(np.prod(shape[:-1])))
+        else:
+            result[path] = np.float32(0.1) * noise + np.float32(path.endswith(".scale"))
+    return result
+
+
+def sizes(backbone: Any) -> dict[str, Any]:
+    """Return the sizes that OpenTAD's worker needs to build the same network."""
+    block = backbone.stages[0].blocks[0]
+    embed_dim, hidden = block.mlp.fc1.kernel.shape
+    return {
+        "embed_dim": embed_dim,
+        "depths": list(backbone.depths),
+        "num_heads": [stage.blocks[0].attn.num_heads for stage in backbone.stages],
+        "patch_size": list(backbone.patch_embed.proj.patch_size),
+        "window_size": list(backbone.window_size),
+        "mlp_ratio": hidden / embed_dim,
+    }
+
+
+def their_names(network: Network, contestant: Contestant, params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return parameters, or gradients, as OpenTAD's worker names and lays them out, constants left out."""
+    state = _state_dict(network, params, rewired=contestant.rewired)
+    return {key: value for key, value in state.items() if value.dtype.kind == "f"}
+
+
+def _state_dict(network: Network, params: Mapping[str, np.ndarray], *, rewired: bool) -> dict[str, np.ndarray]:
+    state = export(network, params, "re2tal" if rewired else "mmaction2")
+    return {key.removeprefix("backbone."): value for key, value in state.items()}
+
+
+def make_contestants(
+    options: argparse.Namespace, network: Network, device: str, commands: Mapping[bool, tuple[str, ...]], folder: Path
+) -> list[Contestant]:
+    """Write weights and clip to `folder`, and return all contestants."""
+    params = random_parameters(network.shapes)
+    weights: dict[str, Mapping[str, Any]] = {
+        "ours": params,
+        "plain": _state_dict(network, params, rewired=False),
+        "rewired": _state_dict(network, params, rewired=True),
+    }
+    for name, arrays in weights.items():
+        np.savez(folder / f"{name}.npz", **arrays)
+    shape = (1, options.frames, options.size, options.size, 3)
+    np.save(folder / "clip.npy", np.random.default_rng(1).normal(size=shape).astype(np.float32))
+    build = {"video": str(folder / "clip.npy"), "device": device, "threads": options.threads}
+    environment = _environment(options, device, folder)
+    result = [
+        Contestant(
+            f"OpenTAD {mode}",
+            ours=False,
+            rewired=rewired,
+            command=commands[False],
+            build={
+                **build,
+                "mode": mode,
+                "network": sizes(network.backbone),
+                "weights": str(folder / f"{'rewired' if rewired else 'plain'}.npz"),
+            },
+            environment=environment,
+        )
+        for mode, rewired in (("plain", False), ("checkpointed", False), ("reversible", True))
+    ]
+    budgets = {f" (workspace {budget})": {"workspace": budget} for budget in options.workspace} or {"": {}}
+    for mode in ("plain", "rewired"):
+        # the budget of an ordinary network bounds its patches alone: once will do
+        for name, budget in list(budgets.items())[: 1 if mode == "plain" else None]:
+            result.append(
+                Contestant(
+                    f"ours {mode}" + (name if mode == "rewired" else ""),
+                    ours=True,
+                    rewired=mode == "rewired",
+                    command=commands[True],
+                    build={
+                        **build,
+                        "mode": mode,
+                        "network": {"name": options.model, **budget},
+                        "weights": str(folder / "ours.npz"),
+                    },
+                    environment=environment,
+                )
+            )
+    return result
+
+
+def _environment(options: argparse.Namespace, device: str, folder: Path) -> dict[str, str]:
+    """Return what the workers' libraries are told before they are imported."""
+    result = {
+        **{name: str(options.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")},
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "compile_cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    }
+    if device == "cpu":
+        result |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    return result
+
+
+def greet(commands: Mapping[bool, tuple[str, ...]], python: str, folder: Path) -> dict[bool, dict[str, Any]]:
+    """Return what either side's worker says of versions and GPU.
+
+    Raises:
+        ConfigError: a package is missing under the user's interpreter, or cannot be imported.
+    """
+    answers = {}
+    for ours, command in commands.items():
+        with started(Contestant("ours" if ours else "OpenTAD", ours, False, command), folder) as worker:
+            try:
+                answers[ours] = worker.ask("hello")
+            except WorkerError as error:
+                if ours:
+                    raise
+                if not error.module:
+                    raise ConfigError(f"OpenTAD's backbone cannot be imported by {python}. {error}") from error
+                package = error.module.partition(".")[0]
+                raise ConfigError(
+                    f"{python} has no module {error.module}, which OpenTAD's backbone needs: install it there (pip "
+                    f"install {PROVIDERS.get(package, package)}), or name another interpreter with --python."
+                ) from error
+    return answers
+
+
+# ---- Command line
+
+
+def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Return the checked options, `opentad` and `python` as absolute paths.
+
+    Raises:
+        ConfigError: values that cannot be run.
+    """
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--opentad", type=Path, required=True, metavar="DIR", help="a checkout of OpenTAD")
+    parser.add_argument("--python", default=sys.executable, metavar="FILE", help="interpreter that can import mmaction")
+    parser.add_argument("--model", default="video_swin_tiny", help="tiny, small, base or large")
+    parser.add_argument("--frames", type=int, default=64)
+    parser.add_argument("--size", type=int, default=112, help="height and width of the clip")
+    parser.add_argument("--workspace", type=int, nargs="+", default=[], help="our budgets of a tile, each a contestant")
+    parser.add_argument("--threads", type=int, default=2, help="of the processor, for every contestant")
+    parser.add_argument("--repeats", type=int, default=10, help="rounds")
+    parser.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto", help="auto: a GPU both sides see")
+    parser.add_argument("--out", type=Path, metavar="FILE.csv", help="CSV that the rows are appended to")
+    options = parser.parse_args(arguments)
+    if not sys.platform.startswith("linux"):
+        raise ConfigError(
+            f"The benchmark runs on Linux alone, where processes tell their memory; this is {sys.platform}."
+        )
+    options.opentad = options.opentad.resolve()
+    if not (options.opentad / BACKBONE).is_file():
+        raise ConfigError(
+            f"--opentad {options.opentad} has no {BACKBONE}: it is no checkout of OpenTAD. Make one with git clone "
+            "https://github.com/sming256/OpenTAD."
+        )
+    if (found := shutil.which(options.python)) is None:
+        raise ConfigError(f"--python {options.python} is no program that can be run: name a Python interpreter.")
+    options.python = os.path.abspath(found)  # not resolved: a virtual environment is told by its link
+    models = [name for name in list_backbones() if name.startswith(FAMILY)]
+    if options.model not in models:
+        raise ConfigError(f"--model {options.model} has no counterpart. {did_you_mean(options.model, models)}")
+    for name in ("frames", "size", "threads", "repeats"):
+        if (value := getattr(options, name)) < 1:
+            raise ConfigError(f"--{name} {value}: allowed is 1 or more.")
+    if any(budget < 1 for budget in options.workspace) or len(set(options.workspace)) < len(options.workspace):
+        raise ConfigError(f"--workspace {options.workspace}: allowed are different numbers, 1 or more.")
+    if options.threads > (available := len(os.sched_getaffinity(0))):
+        raise ConfigError(f"--threads {options.threads}: allowed are up to {available}, the cores of this process.")
+    return options
+
+
+def choose_device(wanted: str, gpus: Mapping[bool, str | None]) -> str:
+    """Return cpu or gpu; `gpus` are the names that OpenTAD's side (False) and ours (True) see.
+
+    Raises:
+        ConfigError: a GPU is wanted that not both see.
+    """
+    told = f"PyTorch sees {gpus[False] or 'none'}, JAX sees {gpus[True] or 'none'}"
+    both = None not in (gpus[False], gpus[True])
+    if wanted == "gpu" and not both:
+        raise ConfigError(f"--device gpu: {told}. Install both with support for it, or measure with --device cpu.")
+    if wanted == "auto" and not both:
+        print(f"No GPU for both ({told}): measured on the processor, without memory of a GPU.")
+    return "gpu" if both and wanted != "cpu" else "cpu"
+
+
+def commit(checkout: Path) -> str:
+    """Return the short name of a checkout's commit, or a word that says it is not known."""
+    done = subprocess.run(["git", "-C", str(checkout), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else "of unknown version"
+
+
+def run(options: argparse.Namespace) -> tuple[list[Row], dict[str, str]]:
+    """Check, measure and print; return the rows and the versions of OpenTAD's side.
+
+    Raises:
+        Re2TalError: what cannot be run, and outputs that differ.
+    """
+    commands = {
+        False: (options.python, "-m", "benchmarks.opentad_worker", str(options.opentad)),
+        True: (sys.executable, "-m", "benchmarks.our_worker"),
+    }
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        answers = greet(commands, options.python, folder)
+        device = choose_device(options.device, {ours: answer["gpu"] for ours, answer in answers.items()})
+        if device == "cpu":
+            os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])  # workers inherit it
+        versions = {k: v for k, v in answers[False]["versions"].items() if k != "python"}
+        versions["OpenTAD"] = commit(options.opentad)
+        place = f"float32, {options.threads} threads" if device == "cpu" else f"bfloat16, {answers[True]['gpu']}"
+        where = f"{options.model}, {options.frames} frames at {options.size} x {options.size}, {place}"
+        print(f"{where}\nOpenTAD's side: {', '.join(f'{k} {v}' for k, v in answers[False]['versions'].items())}")
+        network = Network(options.model, {"backbone": {"name": options.model}}, whole=False)
+        contestants = make_contestants(options, network, device, commands, folder)
+        contestants = compare_outputs(
+            contestants,
+            min(options.frames, CHECK_FRAMES),
+            folder,
+            lambda contestant, params: their_names(network, contestant, params),
+        )
+        measured = take_turns(contestants, options.repeats, folder)
+    print(table(measured))
+    for text, value in ratios(contestants, measured):
+        print(f"{value:6.3f}  {text}")
+    return list(rows(where, contestants, measured)), versions
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the figures and append them to --out."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # progress is seen in a file too
+    try:
+        options = read_options(arguments)
+        jax.config.update("jax_platforms", "cpu")  # this process only draws weights; a GPU is for the workers
+        found, versions = run(options)
+    except Re2TalError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if options.out is not None:
+        append_rows(options.out, found, packages=("jax", "jaxlib", "flax"), cores=options.threads, others=versions)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

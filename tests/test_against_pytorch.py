@@ -1,0 +1,318 @@
+"""benchmarks.against_pytorch with stand-ins for the workers: protocol, comparison, turns, and what users are told."""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import against_pytorch
+from benchmarks.against_pytorch import (
+    BenchmarkError,
+    Contestant,
+    Measured,
+    WorkerError,
+    choose_device,
+    compare_outputs,
+    greet,
+    main,
+    make_contestants,
+    random_parameters,
+    ratios,
+    rows,
+    started,
+    table,
+    take_turns,
+    their_names,
+)
+from benchmarks.opentad_worker import BACKBONE
+from benchmarks.rows import append_rows
+from checkpoints_convert.networks import Network
+from checkpoints_convert.rules import fill
+from re2tal_jax.backbones import build_backbone
+from re2tal_jax.errors import ConfigError
+from re2tal_jax.reversible import REWIRED, rewire
+
+STAND_IN = """
+import os, sys
+from benchmarks.turns import host_memory, serve
+
+state = {}
+
+def hello():
+    print("a library greets")  # must not be taken for an answer
+    if "absent" in sys.argv:
+        import a_package_that_is_not_there.part
+    return {"versions": {"torch": "1"}, "gpu": None}
+
+def build(**arguments):
+    state.update(arguments)
+    return host_memory()
+
+def check(frames, out):
+    import numpy as np
+    value = state["value"]
+    np.savez(out, **{"features": np.full(frames, 2.0), "gradient a": np.array([1.0, value]), **state.get("more", {})})
+    return {}
+
+def step():
+    state["steps"] = state.get("steps", 0) + 1
+    if state.get("fails") == state["steps"]:
+        raise MemoryError("no room")
+    if state.get("dies") == state["steps"]:
+        print("some last words", file=sys.stderr, flush=True)
+        os._exit(3)
+    with open(state["log"], "a") as log:
+        log.write(state["name"] + " ")
+    return {"seconds": state["steps"] * 1.5, "from_cache": 1}
+
+serve({f.__name__: f for f in (hello, build, check, step)} | {"memory": lambda: {**host_memory(), "device_peak": 7}})
+"""
+
+
+@pytest.fixture(autouse=True)
+def _no_pause(monkeypatch):
+    monkeypatch.setattr(against_pytorch, "PAUSE", 0.0)
+
+
+@pytest.fixture
+def make(tmp_path):
+    """What makes a contestant whose worker is a stand-in."""
+    script = tmp_path / "stand_in.py"
+    script.write_text(STAND_IN)
+    environment = {"PYTHONPATH": str(against_pytorch.ROOT)}
+
+    def make(title: str, *, ours: bool, rewired: bool = True, value: float = 1.0, **build: Any) -> Contestant:
+        build = {"value": value, "name": title, "log": str(tmp_path / "order"), **build}
+        return Contestant(title, ours, rewired, (sys.executable, str(script)), build, environment)
+
+    return make
+
+
+def same_names(contestant: Contestant, arrays: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    return arrays
+
+
+def test_commands_are_answered_and_what_libraries_print_is_no_answer(make, tmp_path):
+    with started(make("one", ours=True), tmp_path) as worker:
+        assert worker.ask("hello")["versions"] == {"torch": "1"}
+        held = worker.ask("build", log="unused")
+        assert 2**20 < held["rss"] <= held["peak"]
+
+
+def test_an_error_of_a_worker_is_told_and_it_lives_on(make, tmp_path):
+    with started(make("one", ours=True), tmp_path) as worker:
+        worker.ask("build", fails=1, name="one", log=str(tmp_path / "order"))
+        with pytest.raises(WorkerError, match="one: step failed with MemoryError: no room"):
+            worker.ask("step")
+        assert worker.ask("step")["seconds"] == 3.0
+
+
+def test_a_dead_worker_is_told_with_its_last_words(make, tmp_path):
+    with started(make("one", ours=True), tmp_path) as worker:
+        worker.ask("build", dies=1)
+        with pytest.raises(WorkerError, match=r"exit code 3 at the command step.\s+some last words"):
+            worker.ask("step")
+
+
+def test_outputs_that_agree_are_told(make, tmp_path, capsys):
+    pair = [make("theirs", ours=False), make("mine", ours=True, value=1.0 + 1e-6)]
+    assert compare_outputs(pair, 4, tmp_path, same_names) == pair
+    assert "features differ by 0.0e+00, of 1 gradients at most by 1.0e-06" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("mine", "told"),
+    [
+        ({"value": 1.01}, "gradient a differs by 1.0e-02 of its largest value, allowed is 1e-03"),
+        ({"value": float("nan")}, "gradient a differs by inf"),
+        ({"more": {"features": [2.0, 2.1]}}, "features"),
+        ({"more": {"gradient b": [1.0]}}, "1 are of one alone, such as gradient b"),
+    ],
+)
+def test_outputs_that_differ_are_refused(make, tmp_path, mine, told):
+    pair = [make("theirs", ours=False), make("mine", ours=True, **mine)]
+    with pytest.raises(BenchmarkError, match=told):
+        compare_outputs(pair, 4, tmp_path, same_names)
+
+
+def test_only_the_same_network_is_compared(make, tmp_path, capsys):
+    both = [
+        make("theirs", ours=False, rewired=False),
+        make("reversible", ours=False),
+        make("mine", ours=True),
+        make("mine plain", ours=True, rewired=False, value=2.0),
+    ]
+    with pytest.raises(BenchmarkError, match="mine plain and theirs compute different things"):
+        compare_outputs(both, 4, tmp_path, same_names)
+    assert compare_outputs(both[:3], 4, tmp_path, same_names) == both[:3]
+    assert "unchecked  theirs" in capsys.readouterr().out
+
+
+def test_a_contestant_that_cannot_run_is_left_out_and_none_left_is_an_error(make, tmp_path, capsys):
+    theirs, mine = make("theirs", ours=False), make("mine", ours=True)
+    broken = make("broken", ours=True, fails=1)
+    assert compare_outputs([theirs, broken, mine], 4, tmp_path, same_names) == [theirs, mine]
+    assert "left out   broken: step failed with MemoryError: no room" in capsys.readouterr().out
+    with pytest.raises(BenchmarkError, match="None of ours could be run"):
+        compare_outputs([theirs, broken], 4, tmp_path, same_names)
+
+
+def test_turns_rotate_and_the_first_step_does_not_count(make, tmp_path):
+    found = take_turns([make(name, ours=False) for name in "abc"], 2, tmp_path)
+    assert (tmp_path / "order").read_text().split() == [*"abc", *"abc", *"bca"]
+    assert [found[name].seconds for name in "abc"] == [[3.0, 4.5]] * 3
+    assert found["a"].peak >= found["a"].start > 2**20
+    assert found["a"].memory == found["a"].device_peak == 7
+
+
+def test_a_contestant_that_fails_in_a_round_costs_nothing_of_the_others(make, tmp_path, capsys):
+    found = take_turns([make("a", ours=False, dies=2), make("b", ours=True)], 2, tmp_path)
+    assert list(found) == ["b"]
+    assert found["b"].seconds == [3.0, 4.5]
+    assert "left out   a: the process ended with exit code 3" in capsys.readouterr().out
+
+
+def test_ctrl_c_ends_the_rounds_and_keeps_what_was_measured(make, tmp_path, monkeypatch, capsys):
+    naps = iter([0.0, 0.0])
+
+    def sleep(seconds: float) -> None:
+        del seconds
+        if next(naps, None) is None:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(against_pytorch, "time", SimpleNamespace(sleep=sleep))
+    found = take_turns([make("a", ours=False), make("b", ours=True)], 9, tmp_path)
+    assert {title: m.seconds for title, m in found.items()} == {"a": [3.0], "b": [3.0]}
+    assert "interrupted after 1 complete rounds" in capsys.readouterr().out
+
+
+def test_figures_of_every_contestant_and_the_ratios_that_matter(tmp_path):
+    contestants = [
+        Contestant("theirs", ours=False, rewired=True, command=()),
+        Contestant("mine plain", ours=True, rewired=False, command=()),
+        Contestant("mine", ours=True, rewired=True, command=()),
+        Contestant("gone", ours=False, rewired=True, command=()),
+    ]
+    mib = 2**20
+    measured = {
+        "theirs": Measured([4.0, 6.0, 5.0], 100 * mib, 400 * mib),
+        "mine plain": Measured([8.0], 50 * mib, 800 * mib),
+        "mine": Measured([2.0, 3.0], 50 * mib, 200 * mib),
+    }
+    assert dict(ratios(contestants, measured)) == {
+        "mine / theirs, fastest step": 0.5,
+        "mine / theirs, peak memory": 0.5,
+        "mine / mine plain, fastest step": 0.25,
+        "mine / mine plain, peak memory": 0.25,
+    }
+    assert [line.split() for line in table(measured).splitlines()][1] == ["theirs", "4.000", "5.000", "400", "300", "-"]
+    path = tmp_path / "results.csv"
+    append_rows(path, rows("here", contestants, measured), packages=("numpy",), others={"torch": "2.13.0"})
+    text = path.read_text()
+    assert f'numpy {np.__version__}, torch 2.13.0",against PyTorch,"here: theirs, fastest step",4,s\n' in text
+    assert '"here: mine / theirs, peak memory",0.5,\n' in text
+
+
+def test_a_missing_package_is_named_with_what_to_do(make, tmp_path, monkeypatch):
+    command = (*make("", ours=False).command, "absent")
+    monkeypatch.setenv("PYTHONPATH", str(against_pytorch.ROOT))
+    with pytest.raises(ConfigError, match=r"some-python has no module a_package_that_is_not_there.*--python"):
+        greet({False: command}, "some-python", tmp_path)
+
+
+@pytest.fixture
+def checkout(tmp_path) -> Path:
+    (tmp_path / "OpenTAD" / BACKBONE).parent.mkdir(parents=True)
+    (tmp_path / "OpenTAD" / BACKBONE).write_text("import a_package_that_is_not_there\n")
+    return tmp_path / "OpenTAD"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--python", "no-such-python"], "--python no-such-python is no program"),
+        (["--model", "video_swin_tinny"], "Did you mean 'video_swin_tiny'"),
+        (["--model", "vit_base"], "has no counterpart"),
+        (["--frames", "0"], "--frames 0: allowed is 1 or more"),
+        (["--workspace", "5", "5"], "different numbers"),
+        (["--threads", "100000"], "--threads 100000: allowed are up to"),
+    ],
+)
+def test_options_that_cannot_be_run_are_told(checkout, capsys, arguments, told):
+    assert main(["--opentad", str(checkout), *arguments]) == 1
+    assert told in capsys.readouterr().err
+
+
+def test_a_folder_that_is_no_checkout_is_told(tmp_path, capsys):
+    assert main(["--opentad", str(tmp_path)]) == 1
+    assert f"{tmp_path} has no {BACKBONE}: it is no checkout of OpenTAD" in capsys.readouterr().err
+
+
+def test_a_gpu_is_used_where_both_sides_see_one(capsys):
+    assert choose_device("auto", {False: "H100", True: "H100"}) == "gpu"
+    assert choose_device("cpu", {False: "H100", True: "H100"}) == "cpu"
+    assert choose_device("auto", {False: "H100", True: None}) == "cpu"
+    assert "PyTorch sees H100, JAX sees none" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="PyTorch sees none, JAX sees H100"):
+        choose_device("gpu", {False: None, True: "H100"})
+
+
+TINY = {"embed_dim": 8, "depths": (1,), "num_heads": (1,), "window_size": (2, 2, 2)}
+
+
+def test_our_worker_computes_the_network_and_its_gradients(tmp_path):
+    """What it writes are features and gradients of exactly the network, weights and clip that it was given."""
+    network = Network("video_swin_tiny", {"backbone": {"name": "video_swin_tiny", **TINY}}, whole=False)
+    params = random_parameters(network.shapes)
+    clip = np.random.default_rng(0).normal(size=(1, 6, 8, 8, 3)).astype(np.float32)
+    np.savez(tmp_path / "weights.npz", **params)
+    np.save(tmp_path / "clip.npy", clip)
+    command = (sys.executable, "-m", "benchmarks.our_worker")
+    quick = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}  # of one device, soon compiled
+    contestant = Contestant("mine", ours=True, rewired=True, command=command, environment=quick)
+    files = {"weights": str(tmp_path / "weights.npz"), "video": str(tmp_path / "clip.npy")}
+    with started(contestant, tmp_path) as worker:
+        network_arguments = {"name": "video_swin_tiny", **TINY}
+        worker.ask("build", mode="rewired", network=network_arguments, device="cpu", threads=1, **files)
+        worker.ask("check", frames=4, out=str(tmp_path / "out.npz"))
+        assert worker.ask("step")["seconds"] > 0
+    model = fill(build_backbone("video_swin_tiny", **TINY), params)
+    features = rewire(model, REWIRED.twin)(jnp.asarray(clip[:, :4]))
+    with np.load(tmp_path / "out.npz") as found:
+        np.testing.assert_allclose(found["features"], features, rtol=1e-4, atol=1e-5)
+        assert {f"gradient {path}" for path in params} == set(found.files) - {"features"}
+        assert all(np.abs(found[name]).max() > 0 for name in found.files)
+
+
+def test_contestants_have_the_same_weights_under_their_own_names(tmp_path):
+    options = SimpleNamespace(frames=4, size=8, threads=1, workspace=[1024, 2048], model="video_swin_tiny")
+    network = Network("video_swin_tiny", {"backbone": {"name": "video_swin_tiny", **TINY}}, whole=False)
+    contestants = make_contestants(options, network, "cpu", {False: ("theirs",), True: ("mine",)}, tmp_path)
+    assert [c.title for c in contestants] == [
+        "OpenTAD plain",
+        "OpenTAD checkpointed",
+        "OpenTAD reversible",
+        "ours plain",
+        "ours rewired (workspace 1024)",
+        "ours rewired (workspace 2048)",
+    ]
+    assert contestants[2].build["network"] == {
+        "embed_dim": 8,
+        "depths": [1],
+        "num_heads": [1],
+        "patch_size": [2, 4, 4],
+        "window_size": [2, 2, 2],
+        "mlp_ratio": 4.0,
+    }
+    with np.load(contestants[3].build["weights"]) as ours:
+        params = dict(ours)
+    for contestant, key in ((contestants[0], "attn.qkv"), (contestants[2], "inv_block.Fm.attn.qkv")):
+        with np.load(contestant.build["weights"]) as theirs:
+            name = f"layers.0.blocks.0.{key}.weight"
+            np.testing.assert_array_equal(theirs[name], params["stages.0.blocks.0.attn.qkv.kernel"].T)
+            assert their_names(network, contestant, params).keys() <= set(theirs.files)
