@@ -2,12 +2,13 @@
 #   make demo   render videos, train a reversible detector on them end to end, evaluate, report
 #   make test   the whole test suite
 #   make lint   formatting, style and types
+#   make browser   Chromium for tests/test_browser.py, by apt, where there is none; without it those tests are skipped
 # EXTRAS chooses the optional packages of pyproject.toml, e.g. `make test EXTRAS=dev,aot`.
 
 PYTHON ?= python3
 EXTRAS ?= dev
 WORKDIR ?= runs/demo
-.PHONY: demo test lint clean
+.PHONY: demo test lint browser clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.installed
@@ -20,6 +21,13 @@ lint: .venv/.installed-$(EXTRAS)
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/pyright
+
+BROWSERS = chromium chromium-browser google-chrome google-chrome-stable
+SUDO = $(if $(filter 0,$(shell id -u)),,sudo)
+
+browser:
+	@for name in $(BROWSERS); do command -v $$name && exit 0; done; \
+	$(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq --no-install-recommends chromium
 
 clean:
 	rm -rf .venv build *.egg-info

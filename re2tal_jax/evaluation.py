@@ -34,6 +34,7 @@ class DetectionMap:
         recall: (threshold, k) to recall@k: the mean over classes of the share of ground-truth segments that one of the
             best k * n detections of the class in the video overlaps enough, where n is how many it has there.
         findings: what was left out or is suspicious, and how often.
+        blocked: ids of the videos that were left out on both sides.
     """
 
     subset: str
@@ -43,6 +44,7 @@ class DetectionMap:
     num_ground_truth: int
     num_predictions: int
     findings: dict[str, int]
+    blocked: frozenset[str] = frozenset()
 
     @property
     def per_tiou(self) -> dict[float, float]:
@@ -108,38 +110,140 @@ def detection_map(
         DataError: unreadable or malformed files (file, video and entry are named), unknown subset, no ground truth.
         ValueError: thresholds or k out of range.
     """
-    thresholds = _checked_thresholds(tiou_thresholds)
     if any(k < 1 for k in recall_at):
         raise ValueError(f"recall_at = {tuple(recall_at)!r}: every k must be 1 or more.")
-    left_out = _read_blocked(blocked)
-    findings: Counter[str] = Counter()
-    truth, known = _read_ground_truth(ground_truth, subset, left_out, findings)
-    found, num_predictions = _read_predictions(predictions, truth, known, left_out, findings)
-    pairs = _overlapping_pairs(found, truth, thresholds[0])
-    correct = np.stack([_match(pairs, tiou, len(found), len(truth)) for tiou in thresholds])
+    matching = match_detections(
+        ground_truth, predictions, subset=subset, tiou_thresholds=tiou_thresholds, blocked=blocked
+    )
+    found, truth, thresholds = matching.found, matching.truth, matching.tiou_thresholds
     return DetectionMap(
         subset=subset,
         tiou_thresholds=thresholds,
-        per_class=_average_precision(correct, found, truth),
-        recall=_recall(pairs, found, truth, thresholds, recall_at),
+        per_class=matching.average_precision(np.ones(matching.correct.shape, bool)),
+        recall=_recall(matching.pairs, found, truth, thresholds, recall_at),
         num_ground_truth=len(truth),
-        num_predictions=num_predictions,
-        findings=dict(findings),
+        num_predictions=matching.num_predictions,
+        findings=matching.findings,
+        blocked=_read_blocked(blocked),
     )
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Grouped:
-    """Instances of known classes, ordered by class; `group` is unique per (class, video)."""
+class Grouped:
+    """Instances of known classes, ordered by class; `group` is unique per (class, video), and -1 meets no segment.
+
+    Detections are ordered by class, then best first; ground truth has score 1. `video` numbers `video_ids`, the videos
+    of the ground truth; -1 is a video without any.
+    """
 
     classes: tuple[str, ...]
     video_ids: tuple[str, ...]
     label: Int[np.ndarray, " N"]
+    video: Int[np.ndarray, " N"]
     group: Int[np.ndarray, " N"]
     segments: Float[np.ndarray, "N 2"]
+    scores: Float[np.ndarray, " N"]
 
     def __len__(self) -> int:
         return len(self.label)
+
+    def of_class(self, index: int) -> slice:
+        """Return where the instances of a class lie."""
+        low, high = np.searchsorted(self.label, (index, index + 1)).tolist()
+        return slice(low, high)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pairs:
+    """(detection, ground truth) pairs of one group that overlap; by detection, then best overlap first."""
+
+    found: Int[np.ndarray, " P"]
+    truth: Int[np.ndarray, " P"]
+    tiou: Float[np.ndarray, " P"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Matching:
+    """Which detection found which ground-truth segment, at each threshold.
+
+    Attributes:
+        tiou_thresholds: ascending.
+        found: the N detections of classes with ground truth.
+        truth: the M ground-truth segments.
+        pairs: those of one class and video that overlap by the lowest threshold or more.
+        finder: for each threshold and segment the detection that found it, N where none did.
+        num_predictions: detections in the file, of any class.
+        findings: as in `DetectionMap`.
+    """
+
+    tiou_thresholds: tuple[float, ...]
+    found: Grouped
+    truth: Grouped
+    pairs: Pairs
+    finder: Int[np.ndarray, "L M"]
+    num_predictions: int
+    findings: dict[str, int]
+
+    @property
+    def correct(self) -> Bool[np.ndarray, "L N"]:
+        """Tell for each threshold which detections are right."""
+        right = np.zeros((len(self.finder), len(self.found) + 1), bool)
+        np.put_along_axis(right, self.finder, True, axis=1)
+        return right[:, :-1]
+
+    def average_precision(self, kept: Bool[np.ndarray, "L N"]) -> dict[str, Float[np.ndarray, " L"]]:
+        """Return the area under the interpolated precision-recall curve of each class, of the detections `kept`."""
+        correct = self.correct & kept
+        result = {}
+        for i, name in enumerate(self.truth.classes):
+            rows = self.found.of_class(i)
+            right, counted = correct[:, rows], kept[:, rows]
+            positives = int((self.truth.label == i).sum())
+            result[name] = (_precision(right, counted) * right).sum(axis=1) / positives
+        return result
+
+    def precision_recall(self) -> dict[str, list[tuple[Float[np.ndarray, " R"], Float[np.ndarray, " R"]]]]:
+        """Return, for each class and threshold, recall after each right detection and the interpolated precision there.
+
+        The area under these steps, each of which ends at its recall, is the average precision.
+        """
+        correct = self.correct
+        result = {}
+        for i, name in enumerate(self.truth.classes):
+            right = correct[:, self.found.of_class(i)]
+            precision = _precision(right, np.ones(right.shape, bool))
+            positives = int((self.truth.label == i).sum())
+            result[name] = [
+                (np.arange(1, row.sum() + 1) / positives, values[row])
+                for row, values in zip(right, precision, strict=True)
+            ]
+        return result
+
+
+def match_detections(
+    ground_truth: Source,
+    predictions: Source,
+    *,
+    subset: str,
+    tiou_thresholds: Iterable[float],
+    blocked: Collection[str] | os.PathLike[str] | None = None,
+) -> Matching:
+    """Match detections with ground truth, as `detection_map` does, whose arguments and errors these are."""
+    thresholds = _checked_thresholds(tiou_thresholds)
+    left_out = _read_blocked(blocked)
+    findings: Counter[str] = Counter()
+    truth, known = _read_ground_truth(ground_truth, subset, left_out, findings)
+    found, num_predictions = _read_predictions(predictions, truth, known, left_out, findings)
+    pairs = overlapping_pairs(found, truth, thresholds[0])
+    return Matching(
+        tiou_thresholds=thresholds,
+        found=found,
+        truth=truth,
+        pairs=pairs,
+        finder=np.stack([_match(pairs, tiou, len(found), len(truth)) for tiou in thresholds]),
+        num_predictions=num_predictions,
+        findings=dict(findings),
+    )
 
 
 def _checked_thresholds(tiou_thresholds: Iterable[float]) -> tuple[float, ...]:
@@ -161,7 +265,7 @@ def _read_blocked(blocked: Collection[str] | os.PathLike[str] | None) -> frozens
 
 def _read_ground_truth(
     source: Source, subset: str, blocked: frozenset[str], findings: Counter[str]
-) -> tuple[_Grouped, dict[str, str]]:
+) -> tuple[Grouped, dict[str, str]]:
     """Return the subset's segments, ordered by (class, video), and the subset of every video of the file."""
     content, name = load(source, "database")
     for video_id, video in content["database"].items():
@@ -179,7 +283,7 @@ def _read_ground_truth(
         if video["subset"] == subset and video_id not in blocked
     }
     instances = columns(chosen, name, scored=False)
-    kept = _keep_distinct(instances, findings)
+    kept = keep_distinct(instances, findings)
     if not kept.any():
         raise DataError(
             f"{name}: subset {subset!r} has no ground-truth segment to evaluate: {len(chosen)} videos, "
@@ -191,18 +295,24 @@ def _read_ground_truth(
     group = label * len(chosen) + instances.video
     order = np.flatnonzero(kept)
     order = order[np.argsort(group[order], kind="stable")]
-    truth = _Grouped(
+    truth = Grouped(
         classes=classes,
         video_ids=instances.video_ids,
         label=label[order],
+        video=instances.video[order],
         group=group[order],
         segments=instances.segments[order],
+        scores=np.ones(len(order)),
     )
     return truth, known
 
 
-def _keep_distinct(instances: Instances, findings: Counter[str]) -> Bool[np.ndarray, " N"]:
-    """Tell which ground-truth segments count; the first of duplicates is the one kept, as in ActionFormer."""
+def keep_distinct(instances: Instances, findings: Counter[str] | None = None) -> Bool[np.ndarray, " N"]:
+    """Tell which ground-truth segments count; the first of duplicates is the one kept, as in ActionFormer.
+
+    What is left out is counted in `findings`.
+    """
+    findings = Counter() if findings is None else findings
     start, end = instances.segments.T
     keep = end > start
     if not keep.all():
@@ -219,8 +329,8 @@ def _keep_distinct(instances: Instances, findings: Counter[str]) -> Bool[np.ndar
 
 
 def _read_predictions(
-    source: Source, truth: _Grouped, known: Mapping[str, str], blocked: frozenset[str], findings: Counter[str]
-) -> tuple[_Grouped, int]:
+    source: Source, truth: Grouped, known: Mapping[str, str], blocked: frozenset[str], findings: Counter[str]
+) -> tuple[Grouped, int]:
     """Return detections of known classes, ordered by class and then best first, and how many there were in all."""
     content, name = load(source, "results")
     unblocked = {video_id: entries for video_id, entries in content["results"].items() if video_id not in blocked}
@@ -242,26 +352,20 @@ def _read_predictions(
     assert instances.scores is not None
     chosen = np.flatnonzero(label >= 0)
     order = chosen[np.lexsort((-instances.scores[chosen], label[chosen]))]
-    found = _Grouped(
+    found = Grouped(
         classes=truth.classes,
         video_ids=truth.video_ids,
         label=label[order],
+        video=video[order],
         group=np.where(video >= 0, label * len(truth.video_ids) + video, -1)[order],
         segments=instances.segments[order],
+        scores=instances.scores[order],
     )
     return found, len(instances)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Pairs:
-    """(detection, ground truth) pairs of one class and video that overlap; by detection, then best overlap first."""
-
-    found: Int[np.ndarray, " P"]
-    truth: Int[np.ndarray, " P"]
-    tiou: Float[np.ndarray, " P"]
-
-
-def _overlapping_pairs(found: _Grouped, truth: _Grouped, smallest: float) -> _Pairs:
+def overlapping_pairs(found: Grouped, truth: Grouped, smallest: float) -> Pairs:
+    """Return the pairs of one group that overlap by `smallest` or more; `truth` is ordered by group."""
     first = np.searchsorted(truth.group, found.group, side="left")
     count = np.searchsorted(truth.group, found.group, side="right") - first
     total = np.concatenate([[0], np.cumsum(count)])
@@ -278,11 +382,11 @@ def _overlapping_pairs(found: _Grouped, truth: _Grouped, smallest: float) -> _Pa
     empty = np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0)
     i, j, overlap = (np.concatenate(column) for column in zip(empty, *parts, strict=True))
     order = np.lexsort((-j, -overlap, i))
-    return _Pairs(found=i[order], truth=j[order], tiou=overlap[order])
+    return Pairs(found=i[order], truth=j[order], tiou=overlap[order])
 
 
-def _match(pairs: _Pairs, threshold: float, num_found: int, num_truth: int) -> Bool[np.ndarray, " N"]:
-    """Tell which detections are right.
+def _match(pairs: Pairs, threshold: float, num_found: int, num_truth: int) -> Int[np.ndarray, " M"]:
+    """Return for each ground-truth segment the detection that found it, `num_found` if none did.
 
     Detections choose in order of score, each the best segment left. This is found by proposals (Gale & Shapley 1962):
     all detections propose to their best segment at once, a segment holds on to the best-scored proposer, and who is
@@ -302,30 +406,17 @@ def _match(pairs: _Pairs, threshold: float, num_found: int, num_truth: int) -> B
         refused = np.concatenate([active[holder[wanted] != active], displaced])
         choice[refused] += 1
         active = np.sort(refused[choice[refused] < end[refused]])
-    correct = np.zeros(num_found + 1, bool)
-    correct[holder] = True
-    return correct[:-1]
+    return holder
 
 
-def _average_precision(
-    correct: Bool[np.ndarray, "L N"], found: _Grouped, truth: _Grouped
-) -> dict[str, Float[np.ndarray, " L"]]:
-    """Return the area under the interpolated precision-recall curve of each class at each threshold."""
-    bounds = np.searchsorted(found.label, np.arange(len(truth.classes) + 1))
-    positives = np.bincount(truth.label, minlength=len(truth.classes))
-    result = {}
-    for i, name in enumerate(truth.classes):
-        right = correct[:, bounds[i] : bounds[i + 1]]
-        precision = np.cumsum(right, axis=1) / np.arange(1, right.shape[1] + 1)
-        envelope = np.maximum.accumulate(precision[:, ::-1], axis=1)[
-            :, ::-1
-        ]  # the best precision at this recall or more
-        result[name] = (envelope * right).sum(axis=1) / positives[i]
-    return result
+def _precision(right: Bool[np.ndarray, "L n"], counted: Bool[np.ndarray, "L n"]) -> Float[np.ndarray, "L n"]:
+    """Return the interpolated precision of a class: the best at this recall or more, of the detections counted."""
+    precision = np.cumsum(right, axis=1) / np.maximum(np.cumsum(counted, axis=1), 1)
+    return np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
 
 
 def _recall(
-    pairs: _Pairs, found: _Grouped, truth: _Grouped, thresholds: Sequence[float], recall_at: Sequence[int]
+    pairs: Pairs, found: Grouped, truth: Grouped, thresholds: Sequence[float], recall_at: Sequence[int]
 ) -> dict[tuple[float, int], float]:
     by_group = np.argsort(found.group, kind="stable")
     place = np.empty(len(found), np.int64)  # the rank of a detection within its class and video

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 
 from re2tal_jax.errors import DataError
-from re2tal_jax.evaluation import detection_map
+from re2tal_jax.evaluation import detection_map, match_detections
 from re2tal_jax.segments import tiou
 from tests.parity import map as parity
 
@@ -329,3 +329,26 @@ def test_thumos_ground_truth_finds_itself(data_dir, file, subset, count):
     }
     result = detection_map(path, {"results": found}, subset=subset, tiou_thresholds=(0.3, 0.5, 0.7))
     assert (result.average, result.num_ground_truth) == (1.0, count)
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 2**32 - 1))
+def test_area_under_the_curve_is_the_average_precision(seed):
+    rng = np.random.default_rng(seed)
+    truth = {f"v{v}": [((s, s + 5), f"c{rng.integers(2)}") for s in rng.uniform(0, 60, 4)] for v in range(3)}
+    found = {v: [((s, s + 5), f"c{rng.integers(2)}", rng.uniform()) for s in rng.uniform(0, 60, 9)] for v in truth}
+    options = {"subset": "validation", "tiou_thresholds": (0.1, 0.4)}
+    curves = match_detections(database(truth), results(found), **options).precision_recall()
+    expected = evaluate(truth, found, (0.1, 0.4)).per_class
+    for name, (low, high) in curves.items():
+        areas = [np.sum(np.diff(recall, prepend=0) * precision) for recall, precision in (low, high)]
+        np.testing.assert_allclose(areas, expected[name], atol=1e-12)
+
+
+def test_matching_tells_which_detection_found_which_segment():
+    found = {"v_1": [((0, 9), "dive", 0.5), ((0, 10), "dive", 0.9)], "v_2": [((5, 10), "jump", 0.7)]}
+    matching = match_detections(database(TRUTH), results(found), subset="validation", tiou_thresholds=(0.5, 0.6))
+    assert matching.found.scores.tolist() == [0.9, 0.5, 0.7]
+    assert matching.truth.segments.tolist() == [[0, 10], [20, 30], [0, 10]]
+    assert matching.finder.tolist() == [[0, 3, 2], [0, 3, 3]]  # 3: none
+    assert matching.correct.tolist() == [[True, False, True], [True, False, False]]
