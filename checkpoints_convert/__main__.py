@@ -22,8 +22,8 @@ from checkpoints_convert.convert import Conversion, export, load_converted, plan
 from checkpoints_convert.live import compare_live
 from checkpoints_convert.networks import as_overrides, open_network
 from checkpoints_convert.verify import Row, replay
+from re2tal_jax.command import split_overrides
 from re2tal_jax.errors import CheckpointError, ConfigError, Re2TalError
-from re2tal_jax.main import split_overrides
 from re2tal_jax.reversible import PLAIN, REWIRED, rewire
 from re2tal_jax.weights import check_writable
 

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from checkpoints_convert.rules import fill, flatten
-from re2tal_jax.backbones import BACKBONES
+from re2tal_jax.backbones import NETWORKS
 from re2tal_jax.config import bind, override, read_config_file, resolve
 from re2tal_jax.errors import ConfigError
 from re2tal_jax.experiment import FREE_OPTIONS, make_detector, resolved_config
@@ -55,7 +55,7 @@ class Network:
         """The constructor; parameters are drawn from the config's seed, or from 0."""
         if self.whole:
             return make_detector(self.settings)
-        factory = BACKBONES[self.backbone_name]
+        factory = NETWORKS[self.backbone_name]
         options = bind(factory, self._options, path="config.backbone", given=("dtype", "rngs"))
         return lambda: factory(**options, rngs=nnx.Rngs(0))
 
@@ -89,7 +89,7 @@ class Network:
         """Return its config with every default filled in, JSON: what a folder of converted parameters keeps."""
         if self.whole:
             return resolved_config(self.settings)
-        factory = BACKBONES[self.backbone_name]
+        factory = NETWORKS[self.backbone_name]
         options = resolve(factory, self._options, path="config.backbone", given=("dtype", "rngs"))
         return {"backbone": {"name": self.backbone_name, **options}}
 
@@ -131,7 +131,7 @@ def open_network(name: str, overrides: Sequence[tuple[str, str]] = ()) -> Networ
     if whole:
         config = read_config_file(Path(name))
     else:
-        BACKBONES[name]  # an unknown name is told with the nearest
+        NETWORKS[name]  # an unknown name is told with the nearest
         config = {"backbone": {"name": name}}
     for key, text in overrides:
         if not whole and not key.startswith(BACKBONE):

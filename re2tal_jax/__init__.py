@@ -3,9 +3,11 @@
     list_backbones() list_localizers() list_datasets()      what there is, by name
     build_backbone(name, *, rewired=True, …)                a video backbone, plain or rewired
     rewire(module, wiring)                                  the same parameters, wired otherwise; PLAIN, REWIRED, Wiring
+    load(checkpoint_dir)                                    a trained detector, ready to use
+    localize(model, "video.mp4")                            its Detections in a video of your own
     evaluation.detection_map(ground_truth, predictions, …)  ActivityNet mAP
 
-Training, evaluation and inspection: `python -m re2tal_jax.main --help`.
+Training, evaluation, prediction and inspection: `python -m re2tal_jax.main --help`.
 """
 
 import importlib
@@ -22,6 +24,8 @@ _HOMES = {
     "REWIRED": "reversible",
     "Wiring": "reversible",
     "rewire": "reversible",
+    "load": "trained",
+    "localize": "inference.localize",
 }
 _MODULES = ("evaluation", "reversible")
 

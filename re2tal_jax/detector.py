@@ -21,8 +21,8 @@ class Detector(nnx.Module):
         localizer: maps snippet features to proposals; see `re2tal_jax.localizers`.
         num_snippets: T, the length to which pooled features are interpolated.
         num_classes: K.
-        pixel_mean: subtracted from RGB values in 0..255.
-        pixel_std: divided by after that.
+        pixel_mean: subtracted from RGB values in 0..255; None takes what comes in as it is: features.
+        pixel_std: divided by after that; None together with the mean.
         snippet_loss_weight: weight of an auxiliary per-snippet classification loss on the pooled features. It is
             ours, not the papers': it brings a backbone that starts from random weights off its plateau. 0: no head.
     """
@@ -34,8 +34,8 @@ class Detector(nnx.Module):
         *,
         num_snippets: int,
         num_classes: int,
-        pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53),
-        pixel_std: tuple[float, float, float] = (58.395, 57.12, 57.375),
+        pixel_mean: tuple[float, float, float] | None = (123.675, 116.28, 103.53),
+        pixel_std: tuple[float, float, float] | None = (58.395, 57.12, 57.375),
         snippet_loss_weight: float = 0.0,
         rngs: nnx.Rngs,
     ):
@@ -53,12 +53,16 @@ class Detector(nnx.Module):
         """Return what training carries beside the parameters, before the first step."""
         return self.localizer.initial_state()
 
-    def features(self, video: Float[Array, "B F H W 3"], *, key: PRNGKeyArray | None = None) -> Float[Array, "B T C"]:
-        """Return one float32 feature a snippet of a video in 0..255; pathways are joined."""
-        # in bfloat16 a mean of 123.675 would be 123.5, and differences of pixels near it would lose their last bits
-        precise = at_least_float32(video.dtype)
-        mean, std = (jnp.asarray(v, precise) for v in (self.pixel_mean, self.pixel_std))
-        pathways = self.backbone(((video.astype(precise) - mean) / std).astype(video.dtype), key=key)
+    def features(
+        self, video: Float[Array, "B F H W 3"] | Float[Array, "B T C"], *, key: PRNGKeyArray | None = None
+    ) -> Float[Array, "B T C"]:
+        """Return one float32 feature a snippet of a video in 0..255; pathways are joined. Features pass unchanged."""
+        if self.pixel_mean is not None and self.pixel_std is not None:
+            # in bfloat16 a mean of 123.675 would be 123.5, and differences of pixels near it lose their last bits
+            precise = at_least_float32(video.dtype)
+            mean, std = (jnp.asarray(v, precise) for v in (self.pixel_mean, self.pixel_std))
+            video = ((video.astype(precise) - mean) / std).astype(video.dtype)
+        pathways = self.backbone(video, key=key)
         pathways = pathways if isinstance(pathways, tuple) else (pathways,)
         return jnp.concatenate([pool_to_snippets(p, self.num_snippets) for p in pathways], axis=-1)
 

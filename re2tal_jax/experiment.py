@@ -2,9 +2,9 @@
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +55,8 @@ def resolved_config(settings: Settings) -> dict[str, Any]:
             ("in_channels", "num_classes", "dtype", "rngs"),
         ),
     ):
-        config[name] = {**config[name], **resolve(factory, options, path=f"config.{name}", given=given)}
+        resolved = resolve(factory, options, path=f"config.{name}", given=given)
+        config[name] = {**config[name], **{key: _plain(value) for key, value in resolved.items()}}
     for split in ("train", "eval"):
         policy = config[split]["policy"]
         given = ("num_snippets", "frames_per_snippet")
@@ -72,7 +73,7 @@ def make_detector(settings: Settings, *, rewired: bool | None = None) -> Callabl
     """
     dtype = jnp.dtype(settings.compute_dtype)
     options = {key: value for key, value in settings.backbone.items() if key not in ("name", "checkpoint")}
-    if rewired is not None:
+    if rewired is not None and not settings.from_features:
         options["rewired"] = rewired
 
     def make() -> Detector:
@@ -114,7 +115,7 @@ def open_split(settings: Settings, split: SplitConfig, *, train: bool) -> Datase
     """Open the data set of a split and check its classes against the config.
 
     Raises:
-        ConfigError: `num_classes` is not what the data set has.
+        ConfigError: `num_classes` or the channels of features are not what the data set has.
     """
     path = "config.data"
     factory = DATASETS[settings.data["name"]]
@@ -123,6 +124,12 @@ def open_split(settings: Settings, split: SplitConfig, *, train: bool) -> Datase
         raise ConfigError(
             f"config.num_classes = {settings.num_classes}, but the data set {settings.data['name']!r} has "
             f"{len(dataset.classes)} classes ({', '.join(dataset.classes[:5])}, …): set num_classes to that."
+        )
+    if dataset.features is not None and dataset.features.channels != settings.backbone.get("channels"):
+        raise ConfigError(
+            f"config.backbone.channels = {settings.backbone.get('channels')}, but the features of "
+            f"{' and '.join(dataset.features.config.folders)} have {dataset.features.channels}: set channels to that"
+            f"{'' if dataset.features.config.channels_first else ', or features.channels_first if files hold (C, L)'}."
         )
     return dataset
 
@@ -161,7 +168,8 @@ def describe_data(dataset: Dataset, loader: Loader) -> str:
         f"{len(loader.windows)} windows, {loader.steps_per_epoch} batches"
     )
     unreadable = [f"unreadable: {len(loader.skipped)}"] if loader.skipped else []
-    return "\n  ".join([counts, *dataset.findings.lines(), *unreadable])
+    features = [] if dataset.features is None else [dataset.features.describe()]
+    return "\n  ".join([counts, *features, *dataset.findings.lines(), *unreadable])
 
 
 def make_preprocess(split: SplitConfig, classes: tuple[str, ...]) -> Preprocess:
@@ -171,6 +179,8 @@ def make_preprocess(split: SplitConfig, classes: tuple[str, ...]) -> Preprocess:
         swap = LabelSwap.from_names(classes, mirrored.flip_classes, mirrored.reverse_classes)
 
     def preprocess(batch: Batch, key: PRNGKeyArray | None) -> tuple[Float[Array, "B F H W 3"], Batch]:
+        if split.augment is None:  # features
+            return batch.video, batch
         if key is None:
             return augment(batch.video, batch.frame_size, split.augment, None), batch
         mirror_key, augment_key = jax.random.split(key)
@@ -224,9 +234,23 @@ def initial_parameters(settings: Settings, model: Model) -> dict[str, np.ndarray
         CheckpointError: it cannot be read, is not exactly this model's backbone, or was made with other options.
     """
     directory = settings.backbone.get("checkpoint")
-    if not directory:
-        return {}
-    saved = load_params(Path(directory), which="ema")
+    return backbone_parameters(settings, model, Path(directory)) if directory else {}
+
+
+def backbone_parameters(
+    settings: Settings,
+    model: Model,
+    directory: Path,
+    *,
+    step: int | Literal["latest", "best"] = "latest",
+    named_by: str = "config.backbone.checkpoint",
+) -> dict[str, np.ndarray]:
+    """Return the backbone of a run, or of converted weights, by path; `named_by` is what errors call its folder.
+
+    Raises:
+        CheckpointError: as `initial_parameters`.
+    """
+    saved = load_params(directory, which="ema", step=step)
     backbone = {path: value for path, value in saved.items() if path.startswith(_BACKBONE)}
     missing = [path for path in model.parameters if path.startswith(_BACKBONE) and path not in backbone]
     try:
@@ -234,8 +258,8 @@ def initial_parameters(settings: Settings, model: Model) -> dict[str, np.ndarray
         if missing:
             raise CheckpointError(f"It lacks {len(missing)} parameters: {', '.join(missing[:5])}.")
     except CheckpointError as error:
-        raise CheckpointError(f"config.backbone.checkpoint = {directory!r} holds another backbone. {error}") from error
-    _check_options(settings, Path(directory))
+        raise CheckpointError(f"{named_by} = {str(directory)!r} holds another backbone. {error}") from error
+    _check_options(settings, directory)
     return backbone
 
 
@@ -259,9 +283,12 @@ def abstract_batch(settings: Settings, *, max_segments: int) -> Batch:
     """Return the shapes of a training batch, for compiling without data."""
     split, loader = settings.train, settings.train.loader
     size, snippets = split.batch_size, settings.num_snippets
-    frames = snippets * settings.frames_per_snippet
+    if settings.from_features:
+        video = ((snippets, settings.backbone["channels"]), jnp.float32)
+    else:
+        video = ((snippets * settings.frames_per_snippet, *loader.frame_shape, 3), jnp.uint8)
     shapes: dict[str, tuple[tuple[int, ...], Any]] = {
-        "video": ((frames, loader.height, loader.width, 3), jnp.uint8),
+        "video": video,
         "frame_size": ((2,), jnp.float32),
         "mask": ((snippets,), jnp.bool_),
         "gt_segments": ((max_segments, 2), jnp.float32),
@@ -286,6 +313,11 @@ def check_shapes(settings: Settings, blueprint: Blueprint) -> None:
     abstract = blueprint.spec.abstract
     key = jax.eval_shape(lambda: jax.random.key(0))
     jax.eval_shape(loss, abstract.params, abstract_batch(settings, max_segments=1), abstract.localizer_state, key)
+
+
+def _plain(value: Any) -> Any:
+    """Return an argument as a config file has it: a dictionary for a data class."""
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
 
 
 def _without_name(section: Mapping[str, Any]) -> dict[str, Any]:

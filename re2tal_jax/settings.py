@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from re2tal_jax.backbones.precomputed import NAME as FEATURES
 from re2tal_jax.config import build
 from re2tal_jax.data.augment import AugmentConfig
 from re2tal_jax.data.elements import LoaderConfig
@@ -42,7 +43,7 @@ class SplitConfig:
     subset: of the annotation; one name or several.
     policy: `name` of a sampling policy (data/sampling.py) and its options.
     loader: how frames are decoded and handed over.
-    augment: what the accelerator makes of them; in evaluation only its size and `center` count.
+    augment: what the accelerator makes of them; in evaluation only its size and `center` count. None: of features.
     mirror: None, or label-respecting mirroring (training).
     """
 
@@ -50,7 +51,7 @@ class SplitConfig:
     batch_size: int
     policy: Mapping[str, Any]
     loader: LoaderConfig
-    augment: AugmentConfig
+    augment: AugmentConfig | None
     mirror: MirrorConfig | None
 
 
@@ -71,14 +72,14 @@ class EvaluationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DetectorConfig:
-    """Pixel normalisation (RGB, 0..255) and the weight of the auxiliary snippet loss; see `Detector`."""
+    """Pixel normalisation (RGB, 0..255; None of features) and weight of the auxiliary snippet loss; see `Detector`."""
 
-    pixel_mean: tuple[float, float, float]
-    pixel_std: tuple[float, float, float]
+    pixel_mean: tuple[float, float, float] | None
+    pixel_std: tuple[float, float, float] | None
     snippet_loss_weight: float
 
     def __post_init__(self):
-        if not 0 <= self.snippet_loss_weight < math.inf or min(self.pixel_std) <= 0:
+        if not 0 <= self.snippet_loss_weight < math.inf or min(self.pixel_std or (1.0,)) <= 0:
             raise ConfigError(
                 f"detector: snippet_loss_weight = {self.snippet_loss_weight} must be finite and at least 0, "
                 f"pixel_std = {self.pixel_std} above 0."
@@ -94,6 +95,7 @@ class Settings:
     compute_dtype: of backbone and localizer (pixels: `augment.dtype`); parameters, states, losses are float32 always.
     data: `name` of a data set and its options, without subset.
     backbone, localizer: `name` and options; `backbone.checkpoint` is a directory whose backbone to start from, or None.
+        With the name `features` the backbone is left out, and `data.features` says what is read in its place.
     parameter_groups: arguments of `training.optim.recipe_rules`.
     """
 
@@ -127,6 +129,7 @@ class Settings:
         checkpoint = self.backbone.get("checkpoint")
         if not isinstance(checkpoint, str | None):
             raise ConfigError(f"config.backbone.checkpoint = {checkpoint!r}: expected a folder, or None.")
+        self._check_inputs()
         if not isinstance(self.eval.subset, str):
             raise ConfigError(f"config.eval.subset = {self.eval.subset!r}: mAP is of one subset, give one name.")
         if not 0 <= self.seed < 2**32:
@@ -136,6 +139,44 @@ class Settings:
                 f"config.external_classifier names the classes, but config.num_classes = {self.num_classes}: set "
                 "num_classes = 1 (and data.class_agnostic), or external_classifier to None."
             )
+
+    @property
+    def from_features(self) -> bool:
+        """Whether features are read, not frames."""
+        return self.backbone["name"] == FEATURES
+
+    def _check_inputs(self) -> None:
+        """Raise ConfigError where one section is for features and another for frames."""
+        given = self.data.get("features") is not None
+        if self.from_features and not given:
+            raise ConfigError(
+                f"config.backbone.name = {FEATURES!r} leaves the backbone out, but config.data.features is None: name "
+                "the folder, data.features = dict(folder=…), or a backbone that makes features of the videos."
+            )
+        if given and not self.from_features:
+            raise ConfigError(
+                f"config.data.features stands in the place of the videos, but config.backbone.name = "
+                f"{self.backbone['name']!r} takes frames: set backbone = dict(name={FEATURES!r}, channels=…, "
+                "checkpoint=None), or data.features to None."
+            )
+        pixels = {
+            **{f"{split}.loader.height": part.loader.height for split, part in self._splits()},
+            **{f"{split}.augment": part.augment for split, part in self._splits()},
+            "detector.pixel_mean": self.detector.pixel_mean,
+            "detector.pixel_std": self.detector.pixel_std,
+        }
+        if given:
+            pixels |= {f"{split}.mirror": part.mirror for split, part in self._splits()}
+            pixels |= {"backbone.checkpoint": self.backbone.get("checkpoint")}
+            pixels |= {"parameter_groups.backbone_lr": self.parameter_groups.get("backbone_lr")}
+        wrong = [key for key, value in pixels.items() if (value is None) != given]
+        if wrong and given:
+            raise ConfigError(f"config.{wrong[0]} needs frames or a backbone: with config.data.features it is None.")
+        if wrong:
+            raise ConfigError(f"config.{wrong[0]} = None is for features, but config.data.features is None, too.")
+
+    def _splits(self) -> tuple[tuple[str, SplitConfig], ...]:
+        return ("train", self.train), ("eval", self.eval)
 
 
 def read_settings(config: Mapping[str, Any]) -> Settings:

@@ -1,10 +1,15 @@
 """The data classes that layers hand to each other. Shapes: B batch, F raw frames, T snippets, N segments, K classes."""
 
+import json
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,12 +64,13 @@ class Window:
 class Batch:
     """What one step consumes; every leaf has the batch axis first, so one sharding rule fits all.
 
+    `video` is frames as stored, or, of a data set of features, one feature a snippet; `frame_size` is 0 then.
     `frame_size` is the source's (height, width) in pixels: stored frames may be squeezed to a common size, and crops
     are drawn in the source's geometry. `gt_*` are padded to a common N; `gt_mask` tells which are real.
     `window` numbers the windows of a pass (-1: padding to fill the last batch), so that the host finds their records.
     """
 
-    video: UInt8[Array, "B F H W 3"]
+    video: UInt8[Array, "B F H W 3"] | Float[Array, "B T C"]
     frame_size: Float[Array, "B 2"]
     mask: Bool[Array, "B T"]
     gt_segments: Float[Array, "B N 2"]
@@ -83,3 +89,35 @@ class Detections:
 
     def __len__(self) -> int:
         return len(self.scores)
+
+    def to_json(self) -> str:
+        """Return ActivityNet's entries, best first: [{"segment": [start, end], "label": name, "score": number}, …].
+
+        Raises:
+            ValueError: a start, end or score that is not finite.
+        """
+        entries = zip(self.segments_sec.tolist(), self.labels, self.scores.tolist(), strict=True)
+        found = [{"segment": segment, "label": label, "score": score} for segment, label, score in entries]
+        return json.dumps(found, allow_nan=False)
+
+    def plot(self, *, duration_sec: float | None = None) -> "Figure":
+        """Draw the detections on a time line, a row for each class, the best class on top; opacity is the score.
+
+        `duration_sec` is where the line ends; None ends it with the last detection.
+        """
+        from matplotlib import colormaps, rc_context  # where nothing is drawn nothing of it is needed
+        from matplotlib.figure import Figure
+
+        rows = {label: row for row, label in enumerate(dict.fromkeys(self.labels))}
+        end = max(self.segments_sec[:, 1], default=1.0) if duration_sec is None else duration_sec
+        with rc_context({"text.parse_math": False}):  # "$" in a name starts no formula
+            figure = Figure(figsize=(10, 1 + 0.35 * max(len(rows), 1)), layout="constrained")
+            axes = figure.add_subplot()
+            for (start, stop), label, score in reversed(
+                list(zip(self.segments_sec.tolist(), self.labels, self.scores.tolist(), strict=True))
+            ):
+                color, opacity = colormaps["tab10"](rows[label] % 10), min(max(score, 0.02), 1.0)
+                axes.barh(rows[label], stop - start, left=start, height=0.8, color=color, alpha=opacity)
+            axes.set(xlim=(0, end), ylim=(max(len(rows), 1) - 0.5, -0.5), xlabel="seconds (opacity: score)")
+            axes.set_yticks(range(len(rows)), list(rows))
+        return figure

@@ -9,7 +9,10 @@ import re2tal_jax
 
 ROOT = Path(re2tal_jax.__file__).parent
 LAYERS = [
-    ("types", "registry", "config", "errors", "segments", "runs", "accelerators", "activitynet_format", "weights"),
+    (
+        *("types", "registry", "config", "command", "errors", "segments", "runs", "accelerators"),
+        *("activitynet_format", "weights", "progress"),
+    ),
     ("exact", "tiling", "chunks", "reversible", "diagnostics"),
     ("backbones", "targets", "losses"),
     ("localizers", "detector"),
@@ -17,7 +20,7 @@ LAYERS = [
     ("data",),
     ("training", "inference"),
     ("settings",),
-    ("experiment",),
+    ("experiment", "trained"),
     ("modes",),
     ("main", "__init__"),
 ]

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from checkpoints_convert.rules import flatten
-from re2tal_jax.backbones import BACKBONES, build_backbone, list_backbones
+from re2tal_jax.backbones import BACKBONES, NETWORKS, build_backbone, list_backbones
 from re2tal_jax.errors import ConfigError
 from re2tal_jax.reversible import PLAIN, REWIRED, rewire
 
@@ -120,7 +120,8 @@ def test_samples_of_a_batch_do_not_meet(plain, video):
 
 
 def test_names_are_those_of_the_registry():
-    assert list_backbones() == sorted(BACKBONES)
+    assert list_backbones() == sorted(NETWORKS)
+    assert set(BACKBONES) - set(NETWORKS) == {"features"}
     assert {"video_swin_tiny", "video_swin_small", "video_swin_base", "video_swin_large"} <= set(BACKBONES)
     assert {f"{name}_r{layers}" for name in ("slowfast", "slowonly") for layers in (50, 101, 152)} <= set(BACKBONES)
     assert {"vit_small", "vit_base", "vit_large", "vit_huge", "vit_giant"} <= set(BACKBONES)

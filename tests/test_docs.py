@@ -16,6 +16,7 @@ import pytest
 from benchmarks import tables
 from re2tal_jax import backbones, data, localizers, main
 from re2tal_jax.config import read_config_file
+from re2tal_jax.data.features import FeatureConfig
 from re2tal_jax.data.sampling import POLICIES
 from re2tal_jax.modes.inspect import flat
 from re2tal_jax.settings import Settings, read_settings
@@ -29,6 +30,7 @@ FOLDERS = ("re2tal_jax", "checkpoints_convert", "configs", "benchmarks", "tests"
 MODULES = {name for layer in LAYERS for name in layer} - {"config"}  # keys of a config begin so
 PLACES: dict[str, list[Any]] = {  # sections of a config whose keys are the arguments of factories
     "data": list(data.DATASETS.values()),
+    "data.features": [FeatureConfig],
     "train.policy": list(POLICIES.values()),
     "eval.policy": list(POLICIES.values()),
     "backbone": list(backbones.BACKBONES.values()),

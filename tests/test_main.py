@@ -153,7 +153,7 @@ def test_a_mode_gets_the_arguments_that_are_its_own(tmp_path, tiny_data):
         (["--config"], "expected one argument"),
         (["--config", "{folder}/tony.py"], "tony.py does not exist. Did you mean '{folder}/tiny.py'"),
         (["--config", "{config}", "--mode", "evl"], "Unknown mode 'evl'. Did you mean 'eval'?"),
-        (["--config", "{config}", "--workdri", "x"], "Unknown argument '--workdri'. Did you mean '--workdir'?"),
+        (["--config", "{config}", "--workdri", "x"], "Unknown argument '--workdri'. Did you mean '--workdir'"),
         (["--config", "{config}", "more"], "Unknown argument 'more'."),
         (["--config", "{config}", "--target", "h100"], "--target belongs to --mode inspect; the mode is 'train'."),
         (["--config", "{config}", "--mode", "inspect", "--target", "h10"], "Unknown target 'h10'. Did you mean 'h100'"),

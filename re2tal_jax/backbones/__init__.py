@@ -3,22 +3,25 @@
 Contract: `backbone(video, *, key=None)` maps a normalised video (B, F, H, W, C) to features (B, T, h, w, D), or to a
 tuple of such features, one a pathway; `.intermediates(video)` returns them with a dict of what the stages gave.
 `temporal_stride` (frames per feature; a tuple where features are one), `out_channels` (D, of all pathways together) and
-`wiring` are attributes. Without a key nothing is random.
+`wiring` are attributes. Without a key nothing is random. `features` stands among them for features that are read from
+files: it maps (B, T, C) to (B, T, 1, 1, C) and has neither parameters nor another wiring.
 """
 
 from typing import Any
 
 from flax import nnx
 
-from re2tal_jax.backbones import resnet3d, slowfast, video_swin, vit
+from re2tal_jax.backbones import precomputed, resnet3d, slowfast, video_swin, vit
 from re2tal_jax.registry import Registry
 
-BACKBONES = Registry("backbone", video_swin.VARIANTS, slowfast.VARIANTS, resnet3d.VARIANTS, vit.VARIANTS)
+NETWORKS = Registry("backbone", video_swin.VARIANTS, slowfast.VARIANTS, resnet3d.VARIANTS, vit.VARIANTS)
+BACKBONES = Registry("backbone", NETWORKS, precomputed.VARIANTS)
+"""What `config.backbone.name` chooses from: the networks, and features in the place of one."""
 
 
 def list_backbones() -> list[str]:
     """Return the names that `build_backbone` takes."""
-    return sorted(BACKBONES)
+    return sorted(NETWORKS)
 
 
 def build_backbone(name: str, *, rewired: bool = True, rngs: nnx.Rngs | None = None, **config: Any) -> nnx.Module:
@@ -33,4 +36,4 @@ def build_backbone(name: str, *, rewired: bool = True, rngs: nnx.Rngs | None = N
     Raises:
         ConfigError: an unknown name (the nearest is named), or sizes that make no network.
     """
-    return BACKBONES[name](rewired=rewired, rngs=rngs or nnx.Rngs(0), **config)
+    return NETWORKS[name](rewired=rewired, rngs=rngs or nnx.Rngs(0), **config)

@@ -2,11 +2,13 @@
 
 from typing import Any
 
-from re2tal_jax.data import activitynet, synthetic, thumos
+from re2tal_jax.data import activitynet, custom, prepared, synthetic, thumos
 from re2tal_jax.data.dataset import Dataset
 from re2tal_jax.registry import Registry
 
-DATASETS = Registry("dataset", activitynet.VARIANTS, thumos.VARIANTS, synthetic.VARIANTS)
+DATASETS = Registry(
+    "dataset", activitynet.VARIANTS, thumos.VARIANTS, synthetic.VARIANTS, custom.VARIANTS, prepared.VARIANTS
+)
 
 
 def list_datasets() -> list[str]:

@@ -4,6 +4,7 @@ from typing import Literal
 
 from re2tal_jax.data.annotations import read_annotations
 from re2tal_jax.data.dataset import Dataset, open_dataset
+from re2tal_jax.data.features import FeatureConfig
 
 
 def activitynet(
@@ -11,6 +12,7 @@ def activitynet(
     annotations: str,
     subset: str | tuple[str, ...],
     videos: str | None = None,
+    features: FeatureConfig | None = None,
     video_info: str | None = None,
     classes: str | tuple[str, ...] | None = None,
     training: bool = False,
@@ -30,6 +32,7 @@ def activitynet(
         read_annotations(annotations, video_info=video_info, classes=classes, fps=fps),
         subset=subset,
         videos=videos,
+        features=features,
         training=training,
         min_length_ratio=min_length_ratio,
         class_agnostic=class_agnostic,

@@ -82,10 +82,35 @@ def read_annotations(
         ConfigError: `fps` is no rate.
         DataError: the file, the table or the class list is missing or not of its form; the text names what and where.
     """
+    path = Path(path)
+    return parse_annotations(
+        path,
+        load_json(path),
+        video_info=video_info,
+        classes=classes,
+        ignored_labels=ignored_labels,
+        fps=fps,
+        clip=clip,
+    )
+
+
+def parse_annotations(
+    path: Path,
+    content: Any,
+    *,
+    video_info: str | Path | None = None,
+    classes: str | Path | Sequence[str] | None = None,
+    ignored_labels: Iterable[str] = (),
+    fps: float | None = None,
+    clip: bool = True,
+) -> Annotations:
+    """Return the annotations in the content of a JSON file, or in what was made of another; as `read_annotations`.
+
+    `path` is what errors name.
+    """
     if fps is not None and not 0 < fps < math.inf:
         raise ConfigError(f"fps = {fps} must be a positive number, or None for what the file says.")
-    path, ignored = Path(path), frozenset(ignored_labels)
-    content = _load(path)
+    ignored = frozenset(ignored_labels)
     if not isinstance(content, dict):
         raise DataError(f"{path}: a JSON object is needed, found {_kind(content)}.")
     entries = list(_database(path, content) if "database" in content else _bmn(path, content, video_info))
@@ -120,7 +145,12 @@ def activitynet_form(entries: Iterable[Entry]) -> dict[str, Any]:
     }
 
 
-def _load(path: Path) -> Any:
+def load_json(path: Path) -> Any:
+    """Return the content of an annotation file in JSON.
+
+    Raises:
+        DataError: no such file, no UTF-8, no JSON, or a key twice in one object.
+    """
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
         raise DataError(f"Annotation file {path} {what}; docs/data.md says where each file goes.")

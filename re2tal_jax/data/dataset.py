@@ -5,9 +5,8 @@ A data set of its own is one file with a factory that reads its annotations and 
 """
 
 import dataclasses
-import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +14,11 @@ from typing import Any, Literal
 import numpy as np
 
 from re2tal_jax.data.annotations import Annotations, activitynet_form
+from re2tal_jax.data.feature_files import SUFFIXES as FEATURE_SUFFIXES
+from re2tal_jax.data.features import FeatureConfig, Features, open_features
+from re2tal_jax.data.files import find_files
 from re2tal_jax.data.findings import Findings
+from re2tal_jax.data.video import VideoSource
 from re2tal_jax.errors import ConfigError, DataError, did_you_mean
 from re2tal_jax.types import VideoRecord
 
@@ -29,6 +32,7 @@ class Dataset:
 
     `ground_truth` is the subset in ActivityNet form as the file has it, for the evaluation: every segment and label,
     also what training leaves out or cannot use, without blocked videos, with videos whose file is missing.
+    `features` stand in the place of videos, `video_sources` in that of files; `video_paths` is empty then.
     """
 
     records: tuple[VideoRecord, ...]
@@ -36,6 +40,8 @@ class Dataset:
     video_paths: Mapping[str, Path]
     findings: Findings
     ground_truth: Mapping[str, Any]
+    features: Features | None = None
+    video_sources: Mapping[str, VideoSource] = dataclasses.field(default_factory=dict)
 
 
 def open_dataset(
@@ -43,12 +49,14 @@ def open_dataset(
     *,
     subset: str | tuple[str, ...],
     videos: str | None = None,
+    features: FeatureConfig | None = None,
     training: bool = False,
     min_length_ratio: float = 0.0,
     class_agnostic: bool = False,
     blocked: str | tuple[str, ...] | None = None,
     missing_videos: Literal["error", "skip"] = "error",
     unlabelled: bool = False,
+    find: Callable[[str, Iterable[str]], Mapping[str, Path]] | None = None,
     adjust: Callable[[VideoRecord], VideoRecord] | None = None,
 ) -> Dataset:
     """Choose a subset of the annotations and find its videos.
@@ -58,12 +66,14 @@ def open_dataset(
         subset: one name or several.
         videos: folder with <id>.mp4, .mkv, .webm, .avi or .mov, with or without "v_" before the id; None looks for
             none and leaves `video_paths` empty.
+        features: in the place of videos, which are not looked for then.
         training: leave out segments of at most `min_length_ratio` of their video, then videos without segments.
         min_length_ratio: 0 leaves out only what has no length.
         class_agnostic: one class, "action"; an external classifier names the detections.
         blocked: ids of videos to leave out, or a file with one on each line.
-        missing_videos: "error" names the videos without a file together, "skip" leaves them out.
+        missing_videos: "error" names the videos without a file (or features) together, "skip" leaves them out.
         unlabelled: allow a subset without a single segment (to predict on; nothing can be learnt or evaluated).
+        find: a data set's own way to find the files of ids in the folder `videos`; None is `find_videos`.
         adjust: a data set's own view of a record, before the filters.
 
     Raises:
@@ -84,10 +94,14 @@ def open_dataset(
     records = [_view(record, class_agnostic, min_length_ratio if training else None, findings) for record in records]
     if training:
         records = _only(records, lambda record: len(record.labels) > 0, "video_without_segments", findings)
-    paths = {}
-    if videos is not None:
-        paths = find_videos(videos, [record.video_id for record in records])
-        _report_missing(records, paths, videos, missing_videos)
+    paths, opened = {}, None
+    if features is not None:
+        opened = open_features(features, [record.video_id for record in records])
+        _report_missing(records, opened.places, " and ".join(features.folders), FEATURE_SUFFIXES, missing_videos)
+        records = _only(records, lambda record: record.video_id in opened.places, "features_missing", findings)
+    elif videos is not None:
+        paths = (find or find_videos)(videos, [record.video_id for record in records])
+        _report_missing(records, paths, videos, SUFFIXES, missing_videos)
         records = _only(records, lambda record: record.video_id in paths, "video_missing", findings)
     if not records:
         raise DataError(f"{annotations.path}: no video of subset {', '.join(subsets)} is left: {dict(findings)}.")
@@ -99,6 +113,7 @@ def open_dataset(
         ground_truth=activitynet_form(
             entry for entry in annotations.entries if entry.subset in subsets and entry.video_id not in names
         ),
+        features=opened,
     )
 
 
@@ -110,25 +125,7 @@ def find_videos(folder: str | Path, video_ids: Iterable[str]) -> dict[str, Path]
     Raises:
         DataError: the folder does not exist.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise DataError(f"Video folder {folder} does not exist (option videos).")
-    files: dict[str, str] = {}
-    with os.scandir(folder) as entries:
-        for name in sorted((entry.name for entry in entries), key=_suffix_rank, reverse=True):
-            if _suffix_rank(name) < len(SUFFIXES):
-                files[os.path.splitext(name)[0]] = name
-    found = {}
-    for video_id in video_ids:
-        name = next((files[n] for n in (video_id, f"v_{video_id}", video_id.removeprefix("v_")) if n in files), None)
-        if name is not None:
-            found[video_id] = folder / name
-    return found
-
-
-def _suffix_rank(name: str) -> int:
-    suffix = os.path.splitext(name)[1].lower()
-    return SUFFIXES.index(suffix) if suffix in SUFFIXES else len(SUFFIXES)
+    return find_files(folder, video_ids, SUFFIXES, what="Video folder", option="videos")
 
 
 def _of_subsets(annotations: Annotations, subsets: tuple[str, ...], unlabelled: bool) -> list[VideoRecord]:
@@ -187,12 +184,16 @@ def _view(record: VideoRecord, agnostic: bool, min_length_ratio: float | None, f
 
 
 def _report_missing(
-    records: list[VideoRecord], paths: Mapping[str, Path], folder: str, policy: Literal["error", "skip"]
+    records: list[VideoRecord],
+    found: Container[str],
+    folder: str,
+    suffixes: Sequence[str],
+    policy: Literal["error", "skip"],
 ) -> None:
-    missing = [record.video_id for record in records if record.video_id not in paths]
+    missing = [record.video_id for record in records if record.video_id not in found]
     if missing and policy == "error":
         shown = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
         raise DataError(
             f"{len(missing)} of {len(records)} videos have no file in {folder}: {shown}. Looked for <id> and v_<id> "
-            f"with {', '.join(SUFFIXES)}. Put them there, or set missing_videos to 'skip'."
+            f"with {', '.join(suffixes)}. Put them there, or set missing_videos to 'skip'."
         )

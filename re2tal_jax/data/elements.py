@@ -11,15 +11,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, UInt8
 
+from re2tal_jax.data.features import Features
 from re2tal_jax.data.sampling import Policy
-from re2tal_jax.data.video import Crop, probe, read_frames, source_size
+from re2tal_jax.data.video import Crop, VideoSource, probe, read_frames, source_size
 from re2tal_jax.errors import ConfigError, DataError
 from re2tal_jax.types import VideoRecord, Window
 
 REPLACEMENTS = 10
 """How many other windows are tried in the place of one that cannot be read."""
+
+NO_FRAMES = (0, 0)
+"""`Batch.frame_size` of features."""
 
 _ORDER, _WINDOW, _REPLACEMENT = range(3)  # streams of random numbers that never meet
 
@@ -28,7 +32,8 @@ _ORDER, _WINDOW, _REPLACEMENT = range(3)  # streams of random numbers that never
 class LoaderConfig:
     """How videos are decoded and handed over.
 
-    height, width: stored size of a frame; augmentation crops and resizes on the accelerator.
+    height, width: stored size of a frame; augmentation crops and resizes on the accelerator. None: snippet features are
+        loaded, not frames.
     crop: `squeeze` stores the whole picture, `center` the centre in the source's proportions (see `read_frames`).
     workers: decoding processes; 0 decodes in this one.
     threads: decoding threads in each process, each busy with one window.
@@ -38,8 +43,8 @@ class LoaderConfig:
         another window, in evaluation by an empty row (window -1).
     """
 
-    height: int
-    width: int
+    height: int | None
+    width: int | None
     crop: Crop = "squeeze"
     workers: int = 0
     threads: int = 2
@@ -50,8 +55,22 @@ class LoaderConfig:
     def __post_init__(self) -> None:
         least = {"height": 1, "width": 1, "workers": 0, "threads": 1, "ahead": 1, "cache_mib": 0}
         for name, low in least.items():
-            if getattr(self, name) < low:
-                raise ConfigError(f"{name} = {getattr(self, name)} is too small; at least {low} is needed.")
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise ConfigError(f"{name} = {value} is too small; at least {low} is needed.")
+        if (self.height is None) != (self.width is None):
+            raise ConfigError(f"height = {self.height}, width = {self.width}: both are None for features, or neither.")
+
+    @property
+    def frame_shape(self) -> tuple[int, int]:
+        """Height and width of a stored frame.
+
+        Raises:
+            ConfigError: they are None, as for features, and frames are to be loaded.
+        """
+        if self.height is None or self.width is None:
+            raise ConfigError("loader.height and loader.width are None, which is for features: give frames a size.")
+        return self.height, self.width
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +78,7 @@ class WindowRef:
     """Window number `index` of a video; `total_frames` is known where the annotation or the start-up tells it."""
 
     record: VideoRecord
-    path: Path
+    path: Path | VideoSource
     index: int
     total_frames: int | None
 
@@ -68,7 +87,8 @@ class WindowRef:
 class ElementLoader:
     """Row number -> arrays of one window, with the fields of `Batch` and the `failures` met on the way.
 
-    `first_row` of `num_rows` rows in each batch of `batch_size` are this process's; an epoch has `steps` batches.
+    `first_row` of `num_rows` rows in each batch of `batch_size` are this process's; an epoch has `steps` batches. With
+    `features` these stand in the place of frames.
     """
 
     windows: tuple[WindowRef, ...]
@@ -82,6 +102,7 @@ class ElementLoader:
     num_rows: int
     steps: int
     cache: "Cache"
+    features: Features | None = None
 
     def __call__(self, row: int) -> dict[str, Any]:
         """Return the arrays of a row, counted from the start of the stream.
@@ -115,14 +136,24 @@ class ElementLoader:
         known = self.cache.get(number)
         if known is not None:
             return known
-        config, ref = self.config, self.windows[number]
-        info = probe(ref.path)
-        window = self.policy.window(ref.record, info.num_frames, ref.index, rng=rng)
-        video = read_frames(ref.path, window.frame_indices, config.height, config.width, crop=config.crop, info=info)
-        size = np.asarray(source_size(info, config.height, config.width, config.crop), np.float32)
-        element = {"video": video, "frame_size": size, **self._targets(window)}
+        ref = self.windows[number]
+        if self.features is None:
+            window, video, size = self._frames(ref, rng)
+        else:
+            window, video = self.features.window(self.policy, ref.record, ref.index, rng=rng)
+            size = NO_FRAMES
+        element = {"video": video, "frame_size": np.asarray(size, np.float32), **self._targets(window)}
         self.cache.put(number, element)
         return element
+
+    def _frames(
+        self, ref: WindowRef, rng: np.random.Generator | None
+    ) -> tuple[Window, UInt8[np.ndarray, "F H W 3"], tuple[float, float]]:
+        height, width = self.config.frame_shape
+        info = probe(ref.path)
+        window = self.policy.window(ref.record, info.num_frames, ref.index, rng=rng)
+        video = read_frames(ref.path, window.frame_indices, height, width, crop=self.config.crop, info=info)
+        return window, video, source_size(info, height, width, self.config.crop)
 
     def _targets(self, window: Window) -> dict[str, np.ndarray]:
         count = len(window.gt_labels)
@@ -137,11 +168,15 @@ class ElementLoader:
         }
 
     def _empty(self) -> dict[str, np.ndarray]:
-        config, snippets = self.config, self.policy.num_snippets
-        frames = snippets * self.policy.frames_per_snippet
+        snippets = self.policy.num_snippets
+        if self.features is not None:
+            size, video = NO_FRAMES, np.zeros((snippets, self.features.channels), np.float32)
+        else:
+            size = self.config.frame_shape
+            video = np.zeros((snippets * self.policy.frames_per_snippet, *size, 3), np.uint8)
         return {
-            "video": np.zeros((frames, config.height, config.width, 3), np.uint8),
-            "frame_size": np.asarray((config.height, config.width), np.float32),
+            "video": video,
+            "frame_size": np.asarray(size, np.float32),
             "mask": np.zeros(snippets, bool),
             "gt_segments": np.zeros((self.max_segments, 2), np.float32),
             "gt_labels": np.zeros(self.max_segments, np.int32),

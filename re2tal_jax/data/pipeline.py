@@ -12,6 +12,7 @@ import signal
 import threading
 import zlib
 from collections.abc import Callable, Generator, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import grain
@@ -22,9 +23,9 @@ from absl import flags
 from re2tal_jax.data.dataset import Dataset
 from re2tal_jax.data.elements import Cache, ElementLoader, LoaderConfig, WindowRef
 from re2tal_jax.data.sampling import Policy, RandomTrunc, SlidingWindow, StridedPolicy, annotated_frames
-from re2tal_jax.data.video import probe
+from re2tal_jax.data.video import VideoSource, probe
 from re2tal_jax.errors import CheckpointError, ConfigError, DataError
-from re2tal_jax.types import Batch, SnippetGrid
+from re2tal_jax.types import Batch, SnippetGrid, VideoRecord
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ class Loader:
 
         Raises:
             ConfigError: a batch that the processes cannot share, or larger than an epoch; random windows in an
-                evaluation or with a cache.
+                evaluation or with a cache; windows that the features' strides do not tell.
             DataError: a video without a file, or not a single window.
         """
         if batch_size < 1 or batch_size % process_count or not 0 <= process_index < process_count:
@@ -71,6 +72,8 @@ class Loader:
             raise ConfigError(
                 "random_trunc draws a new window each time: evaluate with sliding_window, and set cache_mib to 0."
             )
+        if dataset.features is not None:
+            dataset.features.check_policy(policy, path=f"config.{'train' if train else 'eval'}")
         self.skipped: dict[str, str] = {}
         self.windows = tuple(_windows(dataset, policy, config, train, self.skipped))
         if not self.windows:
@@ -92,6 +95,7 @@ class Loader:
             num_rows=self._rows,
             steps=self.steps_per_epoch,
             cache=Cache(config.cache_mib),
+            features=dataset.features,
         )
 
     def __len__(self) -> int:
@@ -260,12 +264,10 @@ def _windows(
     """Yield the windows of all videos; files are opened only where the annotation does not tell how long they are."""
     lengths_matter = isinstance(policy, SlidingWindow) or (isinstance(policy, StridedPolicy) and not train)
     for record in dataset.records:
-        path, total = dataset.video_paths.get(record.video_id), annotated_frames(record)
-        if path is None:
-            raise DataError(f"Video {record.video_id!r} has no file: open the data set with its video folder (videos).")
+        path, total = _file(dataset, record), annotated_frames(record)
         if lengths_matter and total is None:
             try:
-                total = probe(path).num_frames
+                total = dataset.features.total_frames(record) if dataset.features else probe(path).num_frames
             except DataError as error:
                 if config.on_error == "error":
                     raise DataError(f"Video {record.video_id!r}: {error}") from error
@@ -273,6 +275,15 @@ def _windows(
                 continue
         for index in range(policy.num_windows(record, total)):
             yield WindowRef(record=record, path=path, index=index, total_frames=total)
+
+
+def _file(dataset: Dataset, record: VideoRecord) -> Path | VideoSource:
+    if dataset.features is not None:
+        return dataset.features.places[record.video_id][0].path
+    path = dataset.video_paths.get(record.video_id) or dataset.video_sources.get(record.video_id)
+    if path is None:
+        raise DataError(f"Video {record.video_id!r} has no file: open the data set with its video folder (videos).")
+    return path
 
 
 def _note_skipped(skipped: dict[str, str], video_id: str, reason: str) -> None:

@@ -20,6 +20,7 @@ import numpy as np
 
 from re2tal_jax.data.annotations import read_annotations
 from re2tal_jax.data.dataset import Dataset, open_dataset
+from re2tal_jax.data.features import FeatureConfig
 from re2tal_jax.data.scenes import CLASSES, Scene, draw_scene, render
 from re2tal_jax.errors import ConfigError, DataError
 
@@ -37,6 +38,7 @@ _KEY_FRAMES = 12
 def synthetic(
     *,
     root: str,
+    features: FeatureConfig | None = None,
     subset: str | tuple[str, ...],
     num_train: int = 160,
     num_validation: int = 40,
@@ -50,6 +52,7 @@ def synthetic(
 
     Args:
         root: folder of the data set; made if absent. One folder holds one seed.
+        features: in the place of the videos.
         subset: one name or several.
         num_train: videos for training.
         num_validation: videos held out; they are drawn from other random streams than those for training.
@@ -68,6 +71,7 @@ def synthetic(
         read_annotations(Path(root) / "annotations.json", classes=CLASSES),
         subset=subset,
         videos=str(Path(root) / "videos"),
+        features=features,
         training=training,
         min_length_ratio=min_length_ratio,
         class_agnostic=class_agnostic,

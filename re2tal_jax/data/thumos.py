@@ -7,6 +7,7 @@ import numpy as np
 
 from re2tal_jax.data.annotations import read_annotations
 from re2tal_jax.data.dataset import Dataset, open_dataset
+from re2tal_jax.data.features import FeatureConfig
 from re2tal_jax.types import VideoRecord
 
 AMBIGUOUS = "Ambiguous"
@@ -17,6 +18,7 @@ def thumos14(
     annotations: str,
     subset: str | tuple[str, ...],
     videos: str | None = None,
+    features: FeatureConfig | None = None,
     classes: str | tuple[str, ...] | None = None,
     training: bool = False,
     min_length_ratio: float = 0.0,
@@ -35,6 +37,7 @@ def thumos14(
         read_annotations(annotations, classes=classes, ignored_labels=(AMBIGUOUS,), fps=fps),
         subset=subset,
         videos=videos,
+        features=features,
         training=training,
         min_length_ratio=min_length_ratio,
         class_agnostic=class_agnostic,

@@ -1,11 +1,13 @@
-"""Video files to uint8 frames: decord reads, PyAV takes over where decord fails.
+"""Video files, or what stands for one, to uint8 frames: decord reads, PyAV takes over where decord fails.
 
 Frames are resized while they are decoded, both readers by the same bilinear filter, so that their pixels are equal.
 Every call opens the file anew in the calling process: a decord reader that is shared between threads or inherited by
 a forked process ends the process. What cannot be read is a `DataError` that names the file; callers add the video id.
 """
 
+import io
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +32,7 @@ Reader = Literal["auto", "decord", "pyav"]
 TAIL_FRAMES = 16
 """Containers may count some frames more than can be decoded: so many at the end are replaced by the last good one."""
 
-_TRANSPOSE = {0: (), 90: ("2",), -90: ("1",), 180: ("1", "1"), -180: ("1", "1")}
+TRANSPOSE = {0: (), 90: ("2",), -90: ("1",), 180: ("1", "1"), -180: ("1", "1")}
 """Display rotation in degrees, counter-clockwise, to arguments of ffmpeg's transpose filter."""
 
 
@@ -45,7 +47,41 @@ class VideoInfo:
     width: int
 
 
-def probe(path: str | Path) -> VideoInfo:
+class VideoSource(ABC):
+    """A video that is no file of its own, such as a record of an archive; its `str` is what errors call it.
+
+    Instances are small and travel to other processes; what they read from is opened in the process that reads.
+    """
+
+    @abstractmethod
+    def info(self) -> VideoInfo | None:
+        """Return what `probe` would say, where that is known without reading, else None."""
+
+    @abstractmethod
+    def read(self) -> bytes:
+        """Return the video as its file would have it.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+
+
+@dataclass(frozen=True)
+class VideoBytes:
+    """A video in memory; `name` is what errors call it."""
+
+    name: str
+    content: bytes
+
+    def __str__(self) -> str:
+        return self.name
+
+
+Video = str | Path | VideoSource | VideoBytes
+"""What is read: a file, or what stands for one."""
+
+
+def probe(path: Video) -> VideoInfo:
     """Return frames, rate, duration and displayed size of a video file, from its header where that is enough.
 
     The frame count is the container's; formats that keep none are demuxed to count. A truncated file whose header is
@@ -54,7 +90,11 @@ def probe(path: str | Path) -> VideoInfo:
     Raises:
         DataError: the file is missing, empty, no video, audio only, or its header is damaged.
     """
-    with _open(path) as container:
+    known = path.info() if isinstance(path, VideoSource) else None
+    if known is not None:
+        return known
+    path = _fetched(path)
+    with open_video(path) as container:
         stream = container.streams.video[0]
         num_frames = stream.frames
         rate = stream.average_rate or stream.guessed_rate
@@ -78,7 +118,7 @@ def probe(path: str | Path) -> VideoInfo:
 
 
 def read_frames(
-    path: str | Path,
+    path: Video,
     frame_indices: Sequence[int] | Int[np.ndarray, " F"],
     height: int,
     width: int,
@@ -114,7 +154,7 @@ def read_frames(
         )
     unique, inverse = np.unique(indices, return_inverse=True)
     size = (height, width) if crop == "squeeze" else _covering_size(info, height, width)
-    frames = _read(path, unique, size, info.num_frames, reader)
+    frames = _read(_fetched(path), unique, size, info.num_frames, reader)
     top, left = (size[0] - height) // 2, (size[1] - width) // 2
     frames = frames[:, top : top + height, left : left + width]
     in_order = len(unique) == len(indices) and np.array_equal(unique, indices)
@@ -129,7 +169,7 @@ def source_size(info: VideoInfo, height: int, width: int, crop: Crop) -> tuple[f
     return height / scale, width / scale
 
 
-def frame_times(path: str | Path) -> Float[np.ndarray, " F"]:
+def frame_times(path: Video) -> Float[np.ndarray, " F"]:
     """Return the second at which each frame comes on the screen, in order; exact for variable frame rates.
 
     Raises:
@@ -147,7 +187,7 @@ def seconds_to_frames(seconds: Float[np.ndarray, "*N"], times_sec: Float[np.ndar
 
 
 def _read(
-    path: str | Path, unique: Int[np.ndarray, " F"], size: tuple[int, int], num_frames: int, reader: Reader
+    path: Video, unique: Int[np.ndarray, " F"], size: tuple[int, int], num_frames: int, reader: Reader
 ) -> UInt8[np.ndarray, "F H W 3"]:
     if reader != "pyav":
         try:
@@ -156,26 +196,28 @@ def _read(
             decord.DECORDError,
             RuntimeError,
             IndexError,
+            UnicodeEncodeError,  # a path that is no UTF-8
         ):  # also raised for frames that are 8, 12, 16, 24, 48 or 72 wide
             if reader == "decord":
                 raise
     return _read_pyav(path, unique, size, num_frames)
 
 
-def _read_decord(path: str | Path, unique: Int[np.ndarray, " F"], size: tuple[int, int]) -> np.ndarray:
+def _read_decord(path: Video, unique: Int[np.ndarray, " F"], size: tuple[int, int]) -> np.ndarray:
     # One thread: more did not help, loading is parallel over processes.
-    video = decord.VideoReader(str(path), height=size[0], width=size[1], num_threads=1)
+    file = io.BytesIO(path.content) if isinstance(path, VideoBytes) else str(path)
+    video = decord.VideoReader(file, height=size[0], width=size[1], num_threads=1)
     if unique[-1] >= len(video):
         raise IndexError(f"decord counts {len(video)} frames in {path}")
     return video.get_batch(unique).asnumpy()
 
 
 def _read_pyav(
-    path: str | Path, unique: Int[np.ndarray, " F"], size: tuple[int, int], num_frames: int
+    path: Video, unique: Int[np.ndarray, " F"], size: tuple[int, int], num_frames: int
 ) -> UInt8[np.ndarray, "F H W 3"]:
     wanted, found = set(unique.tolist()), {}
     last, frame, convert = -1, None, None
-    with _open(path) as container:
+    with open_video(path) as container:
         stream = container.streams.video[0]
         for last, frame in _decode_from(path, container, stream, int(unique[0])):
             if last in wanted and last not in found:
@@ -195,7 +237,7 @@ def _read_pyav(
 
 
 def _decode_from(
-    path: str | Path, container: InputContainer, stream: VideoStream, first: int
+    path: Video, container: InputContainer, stream: VideoStream, first: int
 ) -> Iterator[tuple[int, av.VideoFrame]]:
     """Yield (number, frame) from a key frame at or before frame `first` until the end or the first fault."""
     pts, _, _ = _timestamps(path)
@@ -220,7 +262,7 @@ class _Converter:
             width=frame.width, height=frame.height, format=frame.format, time_base=stream.time_base
         )
         nodes = [source]
-        nodes += [graph.add("transpose", turn) for turn in _TRANSPOSE.get(frame.rotation, ())]
+        nodes += [graph.add("transpose", turn) for turn in TRANSPOSE.get(frame.rotation, ())]
         nodes.append(graph.add("scale", f"{size[1]}:{size[0]}:flags=bilinear"))
         nodes.append(graph.add("format", "pix_fmts=rgb24"))
         nodes.append(graph.add("buffersink"))
@@ -234,14 +276,20 @@ class _Converter:
         return self._graph.pull().to_ndarray()
 
 
-def _open(path: str | Path) -> InputContainer:
-    path = Path(path)
-    if not path.is_file():
+def open_video(path: Video) -> InputContainer:
+    """Open a file that has a video stream, for reading.
+
+    Raises:
+        DataError: the file is missing, empty, no video, audio only, or its header is damaged.
+    """
+    path = _fetched(path)
+    if isinstance(path, (str, Path)) and not Path(path).is_file():
         raise DataError(f"{path}: there is no such video file. Check the data set's video folder and file names.")
-    if not path.stat().st_size:
+    if not (len(path.content) if isinstance(path, VideoBytes) else Path(path).stat().st_size):
         raise DataError(f"{path}: the video file is empty. Download it again.")
+    file = io.BytesIO(path.content) if isinstance(path, VideoBytes) else str(path)
     try:
-        container = av.open(str(path))
+        container: InputContainer = av.open(file, mode="r")
     except (FFmpegError, OSError) as error:
         raise DataError(
             f"{path}: not readable as a video ({error.strerror}): truncated, damaged, or another kind of file. "
@@ -251,6 +299,11 @@ def _open(path: str | Path) -> InputContainer:
         container.close()
         raise DataError(f"{path}: the file holds no video stream (audio only?). Get the file with its video.")
     return container
+
+
+def _fetched(path: Video) -> str | Path | VideoBytes:
+    """Return the video with its bytes in memory, unless it is a file."""
+    return VideoBytes(str(path), path.read()) if isinstance(path, VideoSource) else path
 
 
 def _rotation(container: InputContainer, stream: VideoStream) -> int:
@@ -266,10 +319,10 @@ def _duration(container: InputContainer, stream: VideoStream) -> float | None:
     return container.duration / av.time_base if container.duration else None
 
 
-def _timestamps(path: str | Path) -> tuple[Int[np.ndarray, " F"], float, float]:
+def _timestamps(path: Video) -> tuple[Int[np.ndarray, " F"], float, float]:
     """Return presentation timestamps in order, seconds per tick, and the container's start; decodes nothing."""
     pts = []
-    with _open(path) as container:
+    with open_video(path) as container:
         stream = container.streams.video[0]
         try:
             for packet in container.demux(stream):

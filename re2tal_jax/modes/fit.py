@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from flax import nnx
 
+from re2tal_jax.errors import ConfigError
 from re2tal_jax.experiment import make_detector
 from re2tal_jax.settings import Settings, SplitConfig
 
@@ -83,8 +84,8 @@ class Quantity:
     def describe(self, n: int) -> str:
         """Return n units in words."""
         if self.name == "size":
-            augment = self.apply(n).train.augment
-            return f"{augment.height} x {augment.width} pixels"
+            height, width = _seen(self.apply(n).train)
+            return f"{height} x {width} pixels"
         return f"{n * self.unit:,} {'frames' if self.name == 'frames' else 'videos a batch'}"
 
 
@@ -98,8 +99,15 @@ def quantity(name: str, settings: Settings, devices: int) -> Quantity:
         start = _units(settings.num_snippets, unit)
         frames = unit * settings.frames_per_snippet
         return Quantity(name, frames, start, 1, lambda n: _snippets(settings, n * unit))
-    side = min(settings.train.augment.height, settings.train.augment.width)
+    side = min(_seen(settings.train))
     return Quantity(name, _PIXELS, _units(side, _PIXELS), 2, lambda n: _size(settings, n * _PIXELS / side))
+
+
+def _seen(split: SplitConfig) -> tuple[int, int]:
+    """Return height and width of the frames that the backbone takes."""
+    if split.augment is None:
+        raise ConfigError("--fit size: this config trains on features, which have no size; take frames or batch.")
+    return split.augment.height, split.augment.width
 
 
 def _units(value: int, unit: int) -> int:
@@ -130,9 +138,10 @@ def _size(settings: Settings, scale: float) -> Settings:
     """Return settings whose frames are so many times as high and wide, as they are stored and as they are seen."""
 
     def scaled(split: SplitConfig) -> SplitConfig:
-        augment, loader = split.augment, split.loader
-        sides = {name: _units(round(getattr(augment, name) * scale), _PIXELS) * _PIXELS for name in ("height", "width")}
-        stored = {name: max(1, round(getattr(loader, name) * scale)) for name in ("height", "width")}
-        return replace(split, augment=replace(augment, **sides), loader=replace(loader, **stored))
+        height, width = (_units(round(side * scale), _PIXELS) * _PIXELS for side in _seen(split))
+        stored = [max(1, round(side * scale)) for side in split.loader.frame_shape]
+        assert split.augment is not None  # _seen
+        augment = replace(split.augment, height=height, width=width)
+        return replace(split, augment=augment, loader=replace(split.loader, height=stored[0], width=stored[1]))
 
     return replace(settings, train=scaled(settings.train))

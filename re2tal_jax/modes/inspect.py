@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from re2tal_jax.accelerators import LOCAL, absent_devices, read_target
@@ -113,11 +112,9 @@ def module_table(blueprint: Blueprint) -> str:
 
 def shape_table(settings: Settings, blueprint: Blueprint) -> str:
     """Return the shape and dtype of what every stage gives, for one training batch."""
-    split = settings.train
-    frames = settings.num_snippets * settings.frames_per_snippet
-    size = (split.batch_size, frames, split.augment.height, split.augment.width, 3)
-    video = jax.ShapeDtypeStruct(size, jnp.dtype(split.augment.dtype))
-    mask = jax.ShapeDtypeStruct((split.batch_size, settings.num_snippets), jnp.bool_)
+    batch, split = abstract_batch(settings, max_segments=1), replace(settings.train, mirror=None)
+    video, _ = jax.eval_shape(lambda b: make_preprocess(split, classes=())(b, None), batch)
+    mask = batch.mask
 
     names: list[str] = []  # in order; a dictionary that jax returns is sorted
 

@@ -16,8 +16,9 @@ from re2tal_jax.experiment import (
     make_preprocess,
     open_split,
 )
-from re2tal_jax.modes.evaluate import PREDICTIONS, REPORT, Evaluator
+from re2tal_jax.modes.evaluate import PAGE, PREDICTIONS, REPORT, Evaluator
 from re2tal_jax.settings import Settings
+from re2tal_jax.trained import check_same_classes, stored_classes, write_classes
 from re2tal_jax.training.checkpoint import Checkpoints, prepare_workdir
 from re2tal_jax.training.compile_cache import compile_cache
 from re2tal_jax.training.loop import Run, TrainResult
@@ -34,7 +35,7 @@ def train(settings: Settings, config: Mapping[str, Any], workdir: Path) -> Train
     anything compiled or trained.
 
     Raises:
-        ConfigError: settings that cannot run, an unwritable workdir.
+        ConfigError: settings that cannot run, an unwritable workdir, other classes than those that the run has.
         DataError: annotations or videos that cannot be used.
         CheckpointError: the workdir holds a run of another architecture.
     """
@@ -49,14 +50,20 @@ def train(settings: Settings, config: Mapping[str, Any], workdir: Path) -> Train
     blueprint = blueprint.for_epochs_of(loader.steps_per_epoch)
     train_step = make_train_step(blueprint.spec, make_preprocess(settings.train, dataset.classes), mesh)
     evaluator = Evaluator(settings, blueprint, mesh, workdir)
+    last_step, _, _ = settings.loop.in_steps(loader.steps_per_epoch)
     tables = []
 
     def evaluate(params: Any, step: int) -> Mapping[str, float]:
-        tables.append(evaluator(params, step))
+        tables.append(evaluator(params, step, final=step == last_step))
         return tables[-1].metrics()
 
     with compile_cache(workdir) as cache, Checkpoints(workdir, settings.checkpoints) as checkpoints:
         checkpoints.check_metrics(evaluator.metric_names)
+        begins, stored = checkpoints.latest_step is None, stored_classes(workdir)
+        if not begins and stored is not None:
+            check_same_classes(dataset.classes, stored, "config.data", workdir)
+        if begins and jax.process_index() == 0:
+            write_classes(workdir, dataset.classes)
         result = Run(
             config=settings.loop,
             spec=blueprint.spec,
@@ -76,8 +83,11 @@ def train(settings: Settings, config: Mapping[str, Any], workdir: Path) -> Train
             },
         ).run()
         best = checkpoints.best_step
+        if not begins and stored is None and jax.process_index() == 0:  # begun before class lists were kept
+            write_classes(workdir, dataset.classes)
     if tables:
-        log.info("%s\nwritten: %s, %s, %s", tables[-1], checkpoints.directory, workdir / PREDICTIONS, workdir / REPORT)
+        written = (checkpoints.directory, *(workdir / name for name in (PREDICTIONS, REPORT, PAGE)))
+        log.info("%s\nwritten: %s", tables[-1], ", ".join(map(str, written)))
         if best not in (None, result.step):
             log.info("step %d was better: it is kept, and --mode eval takes it.", best)
     elif not result.interrupted:

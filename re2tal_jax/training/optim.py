@@ -177,6 +177,7 @@ def recipe_rules(
     weight_decay: float,
     backbone_lr: float | None = None,
     backbone_weight_decay: float | None = None,
+    freeze_backbone: bool = False,
     freeze_backbone_norms: bool = True,
     decay_kernels_only: bool = True,
 ) -> tuple[Rule, ...]:
@@ -185,15 +186,17 @@ def recipe_rules(
     The backbone decays whole, biases and tables included (by `backbone_weight_decay`, None: as the localizer), and its
     norms are frozen. What it keeps but never learns, statistics of batch norms and fixed positions, is frozen whatever
     the settings. Of the localizer only kernels decay; `decay_kernels_only=False`: everything does.
-    `backbone_lr=None`: training on features, there is no backbone.
+    `freeze_backbone`: all of the backbone keeps its values, whatever its rate. `backbone_lr=None` without that: there is
+    no backbone, training is on features.
     """
     rules = []
-    if backbone_lr is not None:
+    if backbone_lr is not None or freeze_backbone:
         decay = weight_decay if backbone_weight_decay is None else backbone_weight_decay
-        backbone = Rule(name="backbone", pattern=r"^backbone\.", lr=backbone_lr, weight_decay=decay)
+        rate = 0.0 if backbone_lr is None else backbone_lr
+        backbone = Rule(name="backbone", pattern=r"^backbone\.", lr=rate, weight_decay=decay, frozen=freeze_backbone)
         constants = Rule(name=CONSTANTS, pattern=BACKBONE_CONSTANTS, lr=0, weight_decay=0, frozen=True, optional=True)
         rules.append(constants)
-        if freeze_backbone_norms:
+        if freeze_backbone_norms and not freeze_backbone:
             rules.append(dataclasses.replace(backbone, name="backbone_norms", pattern=BACKBONE_NORMS, frozen=True))
         rules.append(backbone)
     if decay_kernels_only:

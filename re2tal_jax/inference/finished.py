@@ -1,0 +1,162 @@
+"""Finished videos of a prediction, kept as they come, so that a run that was killed goes on where it stopped.
+
+`finished.jsonl` has a line that says what decides the detections (parameters, classes, what of the config matters),
+then one for every finished video:
+
+    {"identity": {…}}
+    {"video": id, "size": bytes, "modified_ns": …, "duration_sec": 12.5, "unreadable": 0, "results": [entries]}
+
+Entries are ActivityNet's, numbers as they were computed, to the last bit. Of two lines of a video the later one counts.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+from re2tal_jax.activitynet_format import read_activitynet, to_activitynet
+from re2tal_jax.errors import CheckpointError, DataError
+from re2tal_jax.types import Detections
+
+NAME = "finished.jsonl"
+_SHOWN = 5
+
+
+class Finished(NamedTuple):
+    """A finished video: how long it lasts, how many windows could not be read, and what was found."""
+
+    duration_sec: float
+    unreadable: int
+    detections: Detections
+
+
+class FinishedVideos:
+    """The finished videos of a folder; a context that closes the file.
+
+    A video counts as finished while its file has the size and time of change that it had.
+    """
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any], *, overwrite: bool = False, writes: bool = True):
+        """Read what is finished, and go on behind it.
+
+        Args:
+            folder: where `finished.jsonl` is, or will be.
+            identity: JSON, nested by key: what decides the detections.
+            overwrite: forget what is there.
+            writes: whether this process appends; of several processes one does.
+
+        Raises:
+            CheckpointError: what is there was found by other parameters or another config; every difference is named.
+            DataError: the file is damaged or no such file, or cannot be written.
+        """
+        self.path, self._writes = Path(folder) / NAME, writes
+        self._places: dict[str, tuple[int, dict[str, Any]]] = {}
+        identity = json.loads(json.dumps(identity))
+        try:
+            end = self._read(identity) if self.path.exists() and not overwrite else 0
+            if not writes:
+                return
+            self._file = self.path.open("r+b" if end else "wb")
+            self._file.truncate(end)  # a line that a kill cut short
+            self._file.seek(end)
+            if not end:
+                self._append({"identity": identity})
+        except OSError as error:
+            raise DataError(
+                f"{self.path} cannot be used: {error.strerror}. Choose another folder with --out."
+            ) from error
+
+    def __enter__(self) -> "FinishedVideos":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._writes:
+            self._file.close()
+
+    def holds(self, video_id: str, file: Path) -> bool:
+        """Tell whether this video, as its file is now, is finished to the last window."""
+        if video_id not in self._places:
+            return False
+        about = self._places[video_id][1]
+        return about["unreadable"] == 0 and {key: about[key] for key in ("size", "modified_ns")} == _stamp(file)
+
+    def add(self, video_id: str, file: Path, found: Finished) -> None:
+        """Append a video; it is on the disk when this returns."""
+        if not self._writes:
+            return
+        entries = to_activitynet({video_id: found.detections})["results"][video_id]
+        about = {"video": video_id, **_stamp(file), "duration_sec": found.duration_sec, "unreadable": found.unreadable}
+        place = self._append({**about, "results": entries})
+        self._places[video_id] = (place, about)
+
+    def read(self, video_id: str) -> Finished:
+        """Return what was found in a video that is there."""
+        place, about = self._places[video_id]
+        with self.path.open("rb") as file:
+            file.seek(place)
+            line = json.loads(file.readline())
+        detections = read_activitynet({"results": {video_id: line["results"]}})[video_id]
+        return Finished(about["duration_sec"], about["unreadable"], detections)
+
+    def _append(self, line: Mapping[str, Any]) -> int:
+        place = self._file.tell()
+        self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return place
+
+    def _read(self, identity: Mapping[str, Any]) -> int:
+        """Note where every video's line is, and return the end of the last whole line."""
+        end = 0
+        with self.path.open("rb") as file:
+            for number, text in enumerate(file, 1):
+                if not text.endswith(b"\n"):
+                    break
+                try:
+                    line = json.loads(text)
+                    if number == 1:
+                        self._check(line["identity"], identity)
+                    else:
+                        kept = ("video", "size", "modified_ns", "duration_sec", "unreadable")
+                        self._places[line["video"]] = (end, {key: line[key] for key in kept})
+                except (ValueError, KeyError, TypeError) as error:
+                    if isinstance(error, CheckpointError):
+                        raise
+                    raise DataError(
+                        f"{self.path}: line {number} is damaged, or none of a prediction. Delete the file, or add "
+                        "--overwrite, to start anew; or choose another folder with --out."
+                    ) from error
+                end += len(text)
+        return end
+
+    def _check(self, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+        before, now = dict(_flat(found)), dict(_flat(wanted))
+        keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+        if keys:
+            shown = "".join(f"\n  {key}: {before.get(key)!r} there, {now.get(key)!r} now" for key in keys[:_SHOWN])
+            more = f"\n  … and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
+            raise CheckpointError(
+                f"{self.path} holds videos of another prediction, with which these are not to be mixed:{shown}{more}\n"
+                "Choose another folder with --out, or add --overwrite to start anew in this one."
+            )
+
+
+def _stamp(file: Path) -> dict[str, int]:
+    """Return what changes with a file's content; of one that is gone, what no file has."""
+    try:
+        status = file.stat()
+    except OSError:
+        return {"size": -1, "modified_ns": -1}
+    return {"size": status.st_size, "modified_ns": status.st_mtime_ns}
+
+
+def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping) and value:
+        for key, item in value.items():
+            yield from _flat(item, f"{path}.{key}" if path else key)
+    else:
+        yield path, value
