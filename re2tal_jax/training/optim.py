@@ -186,8 +186,8 @@ def recipe_rules(
     The backbone decays whole, biases and tables included (by `backbone_weight_decay`, None: as the localizer), and its
     norms are frozen. What it keeps but never learns, statistics of batch norms and fixed positions, is frozen whatever
     the settings. Of the localizer only kernels decay; `decay_kernels_only=False`: everything does.
-    `freeze_backbone`: all of the backbone keeps its values, whatever its rate. `backbone_lr=None` without that: there is
-    no backbone, training is on features.
+    `freeze_backbone`: all of the backbone keeps its values, whatever its rate. `backbone_lr=None` without that: none is
+    there, training is on features.
     """
     rules = []
     if backbone_lr is not None or freeze_backbone:
