@@ -1,6 +1,7 @@
 """Prepared directories: written, read back, trained from, and what is said of bad ones."""
 
 import dataclasses
+import gc
 import importlib.util
 import json
 import pickle
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from re2tal_jax.config import build
@@ -205,6 +207,24 @@ def test_frames_of_bytes_are_those_of_the_file(videos, reader):
     frames = read_frames(source, [3, 30, 7], 40, 40, crop="center", reader=reader)
     np.testing.assert_array_equal(frames, read_frames(path, [3, 30, 7], 40, 40, crop="center", reader=reader))
     assert source.reads == 1
+
+
+def test_bytes_are_freed_when_their_frames_are_read(videos):
+    content = (videos / "c.mp4").read_bytes() + bytes(8 * 2**20)  # the decoders stop at the end of the video
+
+    def read():
+        for _ in range(20):
+            read_frames(Held(content), [0], 32, 32, reader="decord")
+
+    read()
+    gc.disable()
+    try:
+        process = psutil.Process()
+        before = process.memory_info().rss
+        read()
+        assert process.memory_info().rss - before < 5 * len(content)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(("content", "reason"), [(b"", "is empty"), (b"no video" * 99, "not readable as a video")])

@@ -7,8 +7,10 @@ a forked process ends the process. What cannot be read is a `DataError` that nam
 
 import io
 import itertools
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -205,11 +207,28 @@ def _read(
 
 def _read_decord(path: Video, unique: Int[np.ndarray, " F"], size: tuple[int, int]) -> np.ndarray:
     # One thread: more did not help, loading is parallel over processes.
-    file = io.BytesIO(path.content) if isinstance(path, VideoBytes) else str(path)
-    video = decord.VideoReader(file, height=size[0], width=size[1], num_threads=1)
-    if unique[-1] >= len(video):
-        raise IndexError(f"decord counts {len(video)} frames in {path}")
-    return video.get_batch(unique).asnumpy()
+    with _named(path) as name:
+        video = decord.VideoReader(name, height=size[0], width=size[1], num_threads=1)
+        if unique[-1] >= len(video):
+            raise IndexError(f"decord counts {len(video)} frames in {path}")
+        return video.get_batch(unique).asnumpy()
+
+
+@contextmanager
+def _named(path: Video) -> Iterator[str]:
+    """Yield the name of a video's file, for bytes of one that is in memory alone and gone afterwards.
+
+    decord takes bytes, too, but holds them in a reference cycle: gigabytes, until garbage happens to be collected.
+    """
+    if not isinstance(path, VideoBytes):
+        yield str(path)
+        return
+    if not hasattr(os, "memfd_create"):
+        raise RuntimeError("only Linux has files in memory")  # PyAV takes over
+    with open(os.memfd_create("video"), "wb") as file:
+        file.write(path.content)
+        file.flush()
+        yield f"/proc/self/fd/{file.fileno()}"
 
 
 def _read_pyav(
