@@ -18,6 +18,7 @@ import pytest
 import re2tal_jax
 from checkpoints_convert.__main__ import main as convert
 from re2tal_jax.activitynet_format import read_activitynet
+from re2tal_jax.data.tfds_builders.__main__ import prepare
 from re2tal_jax.errors import CheckpointError, ConfigError, DataError
 from re2tal_jax.experiment import draw_blueprint, resolved_config
 from re2tal_jax.inference.detect import detect
@@ -119,6 +120,14 @@ def test_files_and_the_library_give_the_same_to_the_last_bit(tmp_path, trained, 
     for row, (name, entry) in zip(rows, wanted, strict=True):
         assert (row["video"], row["label"]) == (name, entry["label"])
         assert [float(row[key]) for key in ("start_sec", "end_sec", "score")] == [*entry["segment"], entry["score"]]
+    assert all(name in (tmp_path / "out" / PAGE).read_text() for name in IDS)
+
+
+def test_records_of_a_prepared_directory_give_what_their_files_give(tmp_path, trained, config, evaluated):
+    assert prepare(config, tmp_path / "prepared").failures == {}
+    data = {"name": "prepared", "root": str(tmp_path / "prepared")}
+    run_predict({**config, "data": data}, trained, tmp_path / "out")
+    assert results(tmp_path / "out") == evaluated
     assert all(name in (tmp_path / "out" / PAGE).read_text() for name in IDS)
 
 

@@ -17,6 +17,7 @@ from re2tal_jax.data.tfds_builders.contents import NAME, VERSION, Stored, read_m
 from re2tal_jax.data.video import VideoInfo, VideoSource
 from re2tal_jax.errors import DataError
 
+METADATA = "metadata.json"
 _COMMAND = "python -m re2tal_jax.data.tfds_builders --config FILE --out DIR"
 
 
@@ -33,6 +34,11 @@ class PreparedVideo(VideoSource):
     def info(self) -> VideoInfo | None:
         """Return what the file said when it was prepared; None if it could not be read then."""
         return self.stored.info
+
+    @property
+    def kept_in(self) -> Path:
+        """The metadata: a directory is written as a whole."""
+        return self.directory / METADATA
 
     def read(self) -> bytes:
         """Return the bytes of the video's file.
@@ -138,7 +144,7 @@ def check_records(directory: Path, stored: Sequence[Stored], splits: set[str]) -
 
 
 def _metadata(directory: Path) -> Mapping[str, Any]:
-    path = directory / "metadata.json"
+    path = directory / METADATA
     try:
         content = json.loads(path.read_bytes())
     except OSError as error:

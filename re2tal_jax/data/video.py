@@ -59,6 +59,11 @@ class VideoSource(ABC):
     def info(self) -> VideoInfo | None:
         """Return what `probe` would say, where that is known without reading, else None."""
 
+    @property
+    @abstractmethod
+    def kept_in(self) -> Path:
+        """A file that changes when the video does."""
+
     @abstractmethod
     def read(self) -> bytes:
         """Return the video as its file would have it.

@@ -157,7 +157,7 @@ def open_subset(settings: Settings, directory: Path, given: Path | None) -> Task
     if settings.external_classifier is not None:
         external = ExternalClassifier(settings.external_classifier)
         external.check_videos(record.video_id for record in dataset.records)
-    files = dataset.video_paths
+    files = dict(dataset.video_paths) | {i: source.kept_in for i, source in dataset.video_sources.items()}
     if dataset.features is not None:
         files = {video_id: places[0].path for video_id, places in dataset.features.places.items()}
     if missing := [record.video_id for record in dataset.records if record.video_id not in files]:
@@ -251,10 +251,13 @@ def _write(folder: Path, task: Task, model: TrainedDetector, settings: Settings,
     write_activitynet(folder / PREDICTIONS, results)
     _write_text(folder / TABLE, _table(results))
     scored = _score(task, settings, results)
+    # of features and of records there are no files that a browser could play
+    own_files = task.dataset is None or task.dataset.video_paths
+    playable = {video_id: task.files[video_id] for video_id in results} if own_files else {}
     write_html_report(
         folder / PAGE,
         to_activitynet(results),
-        videos={} if settings.from_features else {video_id: task.files[video_id] for video_id in results},
+        videos=playable,
         durations_sec={video_id: result.duration_sec for video_id, result in found.items()},
         title=f"{model.source.name}, step {model.step}",
         ground_truth=None if scored is None or task.dataset is None else task.dataset.ground_truth,
