@@ -290,6 +290,8 @@ def test_what_the_config_skips_is_a_warning(data):
     empty_file.write_bytes(b"")
     data.config["data"]["missing_videos"] = "skip"
     data.config["train"]["loader"]["on_error"] = "skip"
+    assert found(data.check())["video_unreadable"] == ("error", 1)  # an evaluation would stop at it
+    data.config["eval"]["loader"]["on_error"] = "skip"
     report = data.check()
     assert found(report) == {"video_missing": ("warning", 1), "video_unreadable": ("warning", 1)}
     assert not report.failed

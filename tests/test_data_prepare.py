@@ -160,9 +160,13 @@ def test_a_run_goes_on_where_it_stopped_and_leaves_the_sources_alone(tmp_path, c
     assert list(files(out)) == ["a.mp4", "prepare.json"]
     finished = (out / "a.mp4").stat().st_mtime_ns
     (out / "in" / ".b.mp4.part").write_bytes(b"left by a kill")
+    others = out / ".download.part"
+    others.write_bytes(b"of another program")
     monkeypatch.setattr(command, "encode_video", real)
     assert run(tmp_path / "videos", "--out", out, *FLAGS) == 0
     assert capsys.readouterr().out == "1 encoded, 1 were there, 0 cannot be read\n"
+    assert others.read_bytes() == b"of another program"
+    others.unlink()
     assert list(files(out)) == ["a.mp4", "in/b.mp4", "prepare.json"]
     assert (out / "a.mp4").stat().st_mtime_ns == finished
     assert {path: path.read_bytes() for path in before} == before

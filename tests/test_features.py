@@ -286,6 +286,8 @@ def test_a_manifest_reads_back_with_what_was_finished_after_it(tmp_path):
     with (tmp_path / ".videos-1.jsonl").open("a") as file:
         file.write('{"video_id": "x", "ro')  # killed while it wrote
     assert read_manifest(tmp_path).videos == {"v": entry, "w": entry}
+    note_video(tmp_path, 1, "y", entry)  # by the run that goes on
+    assert read_manifest(tmp_path).videos == {"v": entry, "w": entry, "y": entry}
     assert read_manifest(tmp_path / "nothing") is None
 
 

@@ -137,8 +137,8 @@ def test_a_prediction_that_is_killed_goes_on_behind_its_finished_videos(
     config, out = changed(config, eval__batch_size=8), tmp_path / "out"
     add = FinishedVideos.add
 
-    def killed(self, video_id, file, found):
-        add(self, video_id, file, found)
+    def killed(self, video_id, file, found, record):
+        add(self, video_id, file, found, record)
         if video_id == IDS[1]:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -331,6 +331,27 @@ def test_a_video_partly_unreadable_is_kept_and_tried_again(tmp_path):
         assert finished.holds("a", tmp_path / "a.mp4")
         (tmp_path / "a.mp4").unlink()
         assert not finished.holds("a", tmp_path / "a.mp4")
+
+
+def test_a_video_whose_record_was_corrected_is_not_finished(tmp_path):
+    (tmp_path / "a.mp4").write_text("x")
+    nothing = re2tal_jax.types.Detections(segments_sec=np.zeros((0, 2)), labels=(), scores=np.zeros(0))
+    with FinishedVideos(tmp_path, {}) as finished:
+        finished.add("a", tmp_path / "a.mp4", Finished(1.5, 0, nothing), (1.5, None, 45))
+    with FinishedVideos(tmp_path, {}) as finished:
+        assert finished.holds("a", tmp_path / "a.mp4", (1.5, None, 45))
+        assert not finished.holds("a", tmp_path / "a.mp4", (1.6, None, 45))
+
+
+def test_two_runs_do_not_write_into_one_folder(tmp_path):
+    with FinishedVideos(tmp_path, {}):
+        before = (tmp_path / NAME).read_bytes()
+        for overwrite in (False, True):
+            with pytest.raises(DataError, match="another prediction is at work there"):
+                FinishedVideos(tmp_path, {}, overwrite=overwrite)
+        assert (tmp_path / NAME).read_bytes() == before
+    with FinishedVideos(tmp_path, {}):
+        pass
 
 
 @pytest.mark.parametrize(

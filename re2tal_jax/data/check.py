@@ -112,7 +112,10 @@ def check(config: Mapping[str, Any], *, workers: int) -> Report:
             looks,
             folder,
             missing_severe=section.get("missing_videos", "error") == "error",
-            unreadable_severe=_section(splits["train"], "loader", "config.train").get("on_error", "error") == "error",
+            unreadable_severe=any(
+                _section(split, "loader", f"config.{name}").get("on_error", "error") == "error"
+                for name, split in splits.items()
+            ),
         )
     return Report(subsets=subsets, problems=tuple(problems))
 

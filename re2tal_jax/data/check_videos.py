@@ -11,14 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import av
 import numpy as np
 from jaxtyping import Float
 
 from re2tal_jax.data.check_annotations import Subset
 from re2tal_jax.data.problems import Problem, problem
 from re2tal_jax.data.sampling import StridedPolicy
-from re2tal_jax.data.video import VideoInfo, frame_times, probe, read_frames
+from re2tal_jax.data.video import VideoInfo, frame_times, open_video, probe, read_frames
 from re2tal_jax.data.video_folder import VideoFolder
 from re2tal_jax.progress import WorkProgress
 
@@ -87,7 +86,7 @@ def unsteadiness(times_sec: Float[np.ndarray, " F"]) -> float:
 
 def _times(path: Path) -> Float[np.ndarray, " F"]:
     """Return the times of the frames, by the index if the file has a whole one, which spares reading all of it."""
-    with av.open(str(path)) as container:
+    with open_video(path) as container:
         stream = container.streams.video[0]
         index, scale = stream.index_entries, float(stream.time_base or 1)
         ticks = [entry.timestamp for entry in (index[i] for i in range(len(index))) if not entry.is_discard]

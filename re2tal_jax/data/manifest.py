@@ -111,8 +111,12 @@ def write_file(path: Path, content: bytes) -> None:
 
 def note_video(folder: Path, process: int, video_id: str, entry: VideoEntry) -> None:
     """Add a finished video to this process's lines; its file has to be there already."""
-    line = json.dumps({"video_id": video_id, **asdict(entry)}) + "\n"
-    with (folder / f".videos-{process}.jsonl").open("a", encoding="utf-8") as file:
+    line = json.dumps({"video_id": video_id, **asdict(entry)}).encode() + b"\n"
+    with (folder / f".videos-{process}.jsonl").open("a+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(end - 1, 0))
+        if file.read(1) not in (b"", b"\n"):  # a line that was cut short must not swallow this one
+            line = b"\n" + line
         file.write(line)
 
 

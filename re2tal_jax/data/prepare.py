@@ -20,7 +20,7 @@ import os
 import signal
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -77,14 +77,14 @@ def prepare(videos: str | Path, out: str | Path, encoding: Encoding, *, workers:
     try:
         out.mkdir(parents=True, exist_ok=True)
         with _claimed(out, encoding):
-            _remove_parts(out)
+            _remove_parts(jobs)
             missing = [job for job in jobs if not job.target.exists()]
             for folder in {job.target.parent for job in missing}:
                 folder.mkdir(parents=True, exist_ok=True)
             try:
                 failures = _encode_all(missing, encoding, workers)
             finally:
-                _remove_parts(out)
+                _remove_parts(missing)
     except OSError as error:
         raise DataError(f"{error.filename or out}: cannot be written: {error.strerror}.") from error
     return Result(encoded=len(missing) - len(failures), there=len(jobs) - len(missing), failures=failures)
@@ -131,9 +131,10 @@ def _claimed(out: Path, encoding: Encoding) -> Iterator[None]:
         yield
 
 
-def _remove_parts(out: Path) -> None:
-    for part in out.rglob(f".*{_PART}"):
-        part.unlink(missing_ok=True)
+def _remove_parts(jobs: Iterable[Job]) -> None:
+    """Remove what interrupted encodings of these jobs left, and nothing else in a folder that may be anybody's."""
+    for job in jobs:
+        job.part.unlink(missing_ok=True)
 
 
 def _encode_all(jobs: Sequence[Job], encoding: Encoding, workers: int) -> dict[Path, str]:

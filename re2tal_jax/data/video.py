@@ -226,7 +226,7 @@ def _named(path: Video) -> Iterator[str]:
     decord takes bytes, too, but holds them in a reference cycle: gigabytes, until garbage happens to be collected.
     """
     if not isinstance(path, VideoBytes):
-        yield str(path)
+        yield os.path.abspath(path)  # "12:30 clip.mp4" by itself would be a protocol to ffmpeg
         return
     if not hasattr(os, "memfd_create"):
         raise RuntimeError("only Linux has files in memory")  # PyAV takes over
@@ -311,7 +311,7 @@ def open_video(path: Video) -> InputContainer:
         raise DataError(f"{path}: there is no such video file. Check the data set's video folder and file names.")
     if not (len(path.content) if isinstance(path, VideoBytes) else Path(path).stat().st_size):
         raise DataError(f"{path}: the video file is empty. Download it again.")
-    file = io.BytesIO(path.content) if isinstance(path, VideoBytes) else str(path)
+    file = io.BytesIO(path.content) if isinstance(path, VideoBytes) else os.path.abspath(path)
     try:
         container: InputContainer = av.open(file, mode="r")
     except (FFmpegError, OSError) as error:

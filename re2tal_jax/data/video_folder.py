@@ -112,6 +112,16 @@ def _escaped(name: str) -> bool:
 
 
 def _scan(root: Path, below: str, seen: set[tuple[int, int]]) -> Iterator[str]:
+    try:
+        yield from _scan_one(root, below, seen)
+    except OSError as error:
+        raise DataError(
+            f"Folder {error.filename or root / below} cannot be read: {error.strerror}. Allow it, or name the folders "
+            "beside it."
+        ) from error
+
+
+def _scan_one(root: Path, below: str, seen: set[tuple[int, int]]) -> Iterator[str]:
     status = (root / below).stat()
     if (status.st_dev, status.st_ino) in seen:
         return

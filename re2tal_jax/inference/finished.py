@@ -4,17 +4,19 @@
 then one for every finished video:
 
     {"identity": {…}}
-    {"video": id, "size": bytes, "modified_ns": …, "duration_sec": 12.5, "unreadable": 0, "results": [entries]}
+    {"video": id, "size": bytes, "modified_ns": …, "record": [12.5, 30, 375], "duration_sec": 12.5, "unreadable": 0,
+     "results": [entries]}
 
 Entries are ActivityNet's, numbers as they were computed, to the last bit. Of two lines of a video the later one counts.
 """
 
+import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from re2tal_jax.activitynet_format import read_activitynet, to_activitynet
 from re2tal_jax.errors import CheckpointError, DataError
@@ -35,7 +37,8 @@ class Finished(NamedTuple):
 class FinishedVideos:
     """The finished videos of a folder; a context that closes the file.
 
-    A video counts as finished while its file has the size and time of change that it had.
+    A video counts as finished while its file has the size and time of change that it had, and its `record`, what an
+    annotation says of it, is the same. One run at a time writes into a folder.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], *, overwrite: bool = False, writes: bool = True):
@@ -49,24 +52,39 @@ class FinishedVideos:
 
         Raises:
             CheckpointError: what is there was found by other parameters or another config; every difference is named.
-            DataError: the file is damaged or no such file, or cannot be written.
+            DataError: the file is damaged or no such file, cannot be written, or another run is at work in the folder.
         """
         self.path, self._writes = Path(folder) / NAME, writes
         self._places: dict[str, tuple[int, dict[str, Any]]] = {}
         identity = json.loads(json.dumps(identity))
         try:
-            end = self._read(identity) if self.path.exists() and not overwrite else 0
-            if not writes:
-                return
-            self._file = self.path.open("r+b" if end else "wb")
-            self._file.truncate(end)  # a line that a kill cut short
-            self._file.seek(end)
-            if not end:
-                self._append({"identity": identity})
+            if writes:
+                self._file = self._claim(identity, overwrite)
+            elif self.path.exists() and not overwrite:
+                self._read(identity)
+        except BlockingIOError as error:
+            raise DataError(
+                f"{self.path.parent}: another prediction is at work there. Wait for it, or choose another --out."
+            ) from error
         except OSError as error:
             raise DataError(
                 f"{self.path} cannot be used: {error.strerror}. Choose another folder with --out."
             ) from error
+        if writes and not self._file.tell():
+            self._append({"identity": identity})
+
+    def _claim(self, identity: Mapping[str, Any], overwrite: bool) -> BinaryIO:
+        """Return the file, ours until it is closed, at the end of its last whole line."""
+        file = self.path.open("a+b")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            end = 0 if overwrite else self._read(identity)
+            file.truncate(end)  # a line that a kill cut short
+            file.seek(end)
+        except BaseException:
+            file.close()
+            raise
+        return file
 
     def __enter__(self) -> "FinishedVideos":
         return self
@@ -77,19 +95,25 @@ class FinishedVideos:
         if self._writes:
             self._file.close()
 
-    def holds(self, video_id: str, file: Path) -> bool:
-        """Tell whether this video, as its file is now, is finished to the last window."""
+    def holds(self, video_id: str, file: Path, record: Sequence[float | None] = ()) -> bool:
+        """Tell whether this video, as its file and its record are now, is finished to the last window."""
         if video_id not in self._places:
             return False
         about = self._places[video_id][1]
-        return about["unreadable"] == 0 and {key: about[key] for key in ("size", "modified_ns")} == _stamp(file)
+        stamp = _stamp(file, record)
+        return about["unreadable"] == 0 and {key: about[key] for key in stamp} == stamp
 
-    def add(self, video_id: str, file: Path, found: Finished) -> None:
+    def add(self, video_id: str, file: Path, found: Finished, record: Sequence[float | None] = ()) -> None:
         """Append a video; it is on the disk when this returns."""
         if not self._writes:
             return
         entries = to_activitynet({video_id: found.detections})["results"][video_id]
-        about = {"video": video_id, **_stamp(file), "duration_sec": found.duration_sec, "unreadable": found.unreadable}
+        about = {
+            "video": video_id,
+            **_stamp(file, record),
+            "duration_sec": found.duration_sec,
+            "unreadable": found.unreadable,
+        }
         place = self._append({**about, "results": entries})
         self._places[video_id] = (place, about)
 
@@ -121,7 +145,7 @@ class FinishedVideos:
                     if number == 1:
                         self._check(line["identity"], identity)
                     else:
-                        kept = ("video", "size", "modified_ns", "duration_sec", "unreadable")
+                        kept = ("video", "size", "modified_ns", "record", "duration_sec", "unreadable")
                         self._places[line["video"]] = (end, {key: line[key] for key in kept})
                 except (ValueError, KeyError, TypeError) as error:
                     if isinstance(error, CheckpointError):
@@ -145,13 +169,13 @@ class FinishedVideos:
             )
 
 
-def _stamp(file: Path) -> dict[str, int]:
-    """Return what changes with a file's content; of one that is gone, what no file has."""
+def _stamp(file: Path, record: Sequence[float | None]) -> dict[str, Any]:
+    """Return what changes with a file's content, and the record; of a file that is gone, what no file has."""
     try:
         status = file.stat()
     except OSError:
-        return {"size": -1, "modified_ns": -1}
-    return {"size": status.st_size, "modified_ns": status.st_mtime_ns}
+        return {"size": -1, "modified_ns": -1, "record": list(record)}
+    return {"size": status.st_size, "modified_ns": status.st_mtime_ns, "record": list(record)}
 
 
 def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

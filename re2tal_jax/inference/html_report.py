@@ -9,6 +9,7 @@ import base64
 import hashlib
 import html
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -34,6 +35,8 @@ TIOUS = (0.3, 0.4, 0.5, 0.6, 0.7)
 
 UNSCORED_THRESHOLD = 0.3
 _THREE_DIGITS = Context(prec=3, rounding=ROUND_FLOOR)  # downwards: what has the score itself is still kept
+log = logging.getLogger(__name__)
+
 _CHUNK = 3 << 18  # a multiple of 3: base64 of chunks then joins to base64 of the whole
 
 
@@ -292,9 +295,12 @@ def _write(file: IO[str], data: Mapping[str, Any], carried: Sequence[Path | None
     for number, source in enumerate(carried):
         if source is not None:
             file.write(f'<script type="text/plain" id="media-{number}">')
-            with open(source, "rb") as content:
-                while chunk := content.read(_CHUNK):
-                    file.write(base64.b64encode(chunk).decode("ascii"))
+            try:
+                with open(source, "rb") as content:
+                    while chunk := content.read(_CHUNK):
+                        file.write(base64.b64encode(chunk).decode("ascii"))
+            except OSError as error:  # gone since it was looked at: the page is worth more than one picture
+                log.warning("%s: cannot be read any more (%s); the report is without it.", source, error.strerror)
             file.write("</script>\n")
     file.write(after)
 

@@ -76,7 +76,10 @@ def choose_media(videos: Mapping[str, Path], *, page: Path, budget: int, scratch
         for video_id in sorted(files, key=lambda name: _cost(files[name], whole)):
             media[video_id] = _place(files[video_id], whole, budget, page, scratch / f"{len(media)}.mp4")
             if carried := media[video_id].carried:
-                budget -= carried.stat().st_size
+                try:
+                    budget -= carried.stat().st_size
+                except OSError:  # it vanished since it was looked at
+                    media[video_id] = Media(note="The file of this video is gone.")
             progress.advance()
     return media
 

@@ -125,7 +125,8 @@ def extract(
         folder.gather(skipped, alone=jax.process_count() == 1)
     if stopped:
         log.warning("stopped; run the same command again to go on.")
-    elif skipped:
+        raise KeyboardInterrupt  # so that what follows in a script does not take these for all
+    if skipped:
         log.warning("%d videos could not be read and have no features: %s", len(skipped), ", ".join(skipped))
     log.info("written: %s", folder.folder)
     return folder.folder

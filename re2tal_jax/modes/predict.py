@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -54,6 +54,12 @@ class Task:
     classes: Sequence[str]
     external: ExternalClassifier | None
     dataset: Dataset | None = None
+    records: Mapping[str, tuple[float | None, ...]] = field(default_factory=dict)
+    """What an annotation says of a video: where its windows lie in time depends on it."""
+
+    def finished(self, finished: FinishedVideos) -> set[str]:
+        """Return the videos that are finished as they are now."""
+        return {i for i, file in self.files.items() if finished.holds(i, file, self.records.get(i, ()))}
 
     def open(self, video_ids: Sequence[str], settings: Settings) -> tuple[Dataset, dict[str, str]]:
         """Return some of the videos as a data set, and the reason of each that cannot be read."""
@@ -105,8 +111,9 @@ def predict(
     model = open_trained(settings, directory, mesh, settings.mesh, task.classes, step=step, external=task.external)
     folder = _prepare(workdir / FOLDER if out is None else Path(out))
     writes = jax.process_index() == 0
-    with FinishedVideos(folder, model.identity, overwrite=overwrite, writes=writes) as finished:
-        before = {video_id for video_id, file in task.files.items() if finished.holds(video_id, file)}
+    finished_videos = FinishedVideos(folder, model.identity, overwrite=overwrite, writes=writes)
+    with finished_videos as finished, _sigterm_interrupts():
+        before = task.finished(finished)
         log.info(
             "predicting on %d videos, %d of them finished before, with step %d of %s",
             len(task.files),
@@ -114,7 +121,7 @@ def predict(
             step,
             directory,
         )
-        with compile_cache(workdir if checkpoint is None else folder), _sigterm_interrupts():
+        with compile_cache(workdir if checkpoint is None else folder):
             done, damaged = _predict(model, task, [i for i in task.files if i not in before], finished, settings)
         if damaged:
             shown = "".join(f"\n  {video_id!r}: {reason}" for video_id, reason in list(damaged.items())[:_NAMED])
@@ -124,7 +131,7 @@ def predict(
         if not writes:
             return {}
         found = {video_id: finished.read(video_id) for video_id in task.files if video_id in before or video_id in done}
-    _write(folder, task, model, settings, found)
+        _write(folder, task, model, settings, found)
     return {video_id: result.detections for video_id, result in found.items()}
 
 
@@ -168,6 +175,7 @@ def open_subset(settings: Settings, directory: Path, given: Path | None) -> Task
         classes=dataset.classes,
         external=external,
         dataset=dataset,
+        records={r.video_id: (r.duration_sec, r.fps, r.num_frames) for r in dataset.records},
     )
 
 
@@ -215,14 +223,14 @@ def _predict(
             if unreadable:
                 damaged[video_id] = loader.skipped.get(video_id, "see the log of another process.")
             if detections is not None:
-                finished.add(video_id, task.files[video_id], Finished(durations[video_id], unreadable, detections))
+                result = Finished(durations[video_id], unreadable, detections)
+                finished.add(video_id, task.files[video_id], result, task.records.get(video_id, ()))
                 done[video_id] = durations[video_id]
     except BaseException as error:
         if done or isinstance(error, KeyboardInterrupt):
-            count = sum(finished.holds(video_id, file) for video_id, file in task.files.items())
             log.warning(
                 "stopped: %d of %d videos are finished and kept; the same command goes on from there.",
-                count,
+                len(task.finished(finished)),
                 len(task.files),
             )
         raise
