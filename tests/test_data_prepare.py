@@ -263,7 +263,7 @@ def test_processes_encode_and_end_with_the_command(tmp_path):
     process.stderr.close()
     assert "a.mp4" in list(files(out))
     assert not list(out.glob(".*.part"))
-    deadline = time.monotonic() + 10  # the helper that watches shared resources ends a moment after the rest
+    deadline = time.monotonic() + 60  # the helper that watches shared resources ends a moment after the rest
     while any(os.path.exists(f"/proc/{worker}") for worker in workers):
         assert time.monotonic() < deadline
         time.sleep(0.05)

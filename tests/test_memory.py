@@ -75,8 +75,10 @@ def test_a_rewired_stage_neither_grows_with_depth_nor_copies_its_states(target):
 
 def test_copies_in_loops_are_found():
     line = "  copy.1 = f32[1,2]{1,0:T(8,128)} copy(f32[1,2]{0,1} p)"
-    assert copies_in_loops(f"body {{\n{line}\n}}\n\nENTRY main {{\n{line}\n}}\n", "1,2") == [line.strip()]
-    assert copies_in_loops(f"ENTRY main {{\n{line}\n}}\n\nbody {{\n{line}\n}}\n", "1,2") == []
+    body, entry = f"\nbody {{\n{line}\n}}\n", f"\nENTRY main {{\n{line}\n}}\n"
+    assert copies_in_loops(f"HloModule m\n{body}{entry}", "1,2") == [line.strip()]
+    assert copies_in_loops(f"HloModule m\n{entry}{body}", "1,2") == [line.strip()]
+    assert copies_in_loops(f"HloModule m\n{entry}", "1,2") == []
 
 
 def device_of(target: str) -> jax.Device:
