@@ -194,6 +194,10 @@ class Held(VideoSource):
     def info(self):
         return self.known
 
+    @property
+    def kept_in(self):
+        return Path("archive")
+
     def read(self):
         self.reads += 1
         return self.content
