@@ -18,7 +18,7 @@ from flax import nnx
 from checkpoints_convert.rules import fill, flatten
 from re2tal_jax.backbones.positions import bicubic_weights, resize_positions, sinusoidal_positions
 from re2tal_jax.backbones.vit import VARIANTS, VisionTransformer
-from re2tal_jax.backbones.vit_block import Attention, attend
+from re2tal_jax.backbones.vit_block import Attention
 from re2tal_jax.errors import ConfigError, DataError
 from re2tal_jax.experiment import check_shapes, draw_blueprint
 from re2tal_jax.reversible import Wiring, rewire
@@ -177,13 +177,6 @@ def test_a_recipe_is_ready_for_its_data_and_freezes_the_positions_alone(name: st
 
 
 # ---- Attention and clips
-
-
-def test_attention_is_the_softmax_of_scaled_products():
-    q = jnp.array([[math.log(3) * math.sqrt(2), 0.0], [0.0, 0.0]], jnp.float32)
-    k = jnp.array([[1.0, 0.0], [0.0, 1.0]], jnp.float32)
-    v = jnp.array([[4.0], [8.0]], jnp.float32)
-    np.testing.assert_allclose(attend(q, k, v), [[5], [6]], rtol=1e-6)  # weights 3/4, 1/4 and 1/2, 1/2
 
 
 def test_queries_and_values_have_a_bias_and_keys_have_none():

@@ -15,7 +15,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from re2tal_jax.backbones.layers import LayerNorm, Mlp, at_least_float32
+from re2tal_jax.backbones.attention import attend
+from re2tal_jax.backbones.layers import LayerNorm, Mlp
 from re2tal_jax.backbones.tiles import GridTiles, plan_tiles
 from re2tal_jax.backbones.windows import (
     Size,
@@ -26,8 +27,6 @@ from re2tal_jax.backbones.windows import (
     shift_regions,
     to_windows,
 )
-
-MASKED = -100.0  # the reference's logit offset between regions that a shift has made neighbours; not -inf
 
 
 class Block(nnx.Module):
@@ -88,14 +87,7 @@ class WindowAttention(nnx.Module):
     ) -> Float[Array, "n N C"]:
         """Attend inside each of n windows of N tokens; tokens of different `regions` are kept apart."""
         q, k, v = rearrange(self.qkv(x), "n t (s h d) -> s n h t d", s=3, h=self.num_heads)
-        precise = at_least_float32(q.dtype)
-        scale = q.shape[-1] ** -0.5
-        logits = jnp.einsum("nhqd,nhkd->nhqk", q * scale, k, preferred_element_type=precise) + bias.astype(precise)
-        if regions is not None:
-            same = regions[:, None, :, None] == regions[:, None, None, :]
-            logits = jnp.where(same, logits, logits + MASKED)
-        weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-        return self.proj(rearrange(jnp.einsum("nhqk,nhkd->nhqd", weights, v), "n h t d -> n t (h d)"))
+        return self.proj(rearrange(attend(q, k, v, bias, regions), "n h t d -> n t (h d)"))
 
 
 @dataclass(frozen=True)

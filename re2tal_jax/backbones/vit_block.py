@@ -15,7 +15,8 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from re2tal_jax.backbones.layers import LayerNorm, Mlp, at_least_float32
+from re2tal_jax.backbones.attention import attend
+from re2tal_jax.backbones.layers import LayerNorm, Mlp
 from re2tal_jax.backbones.tiles import GridTiles, plan_tiles
 from re2tal_jax.chunks import count_chunks
 
@@ -68,13 +69,6 @@ class Attention(nnx.Module):
         else:
             y = lax.map(lambda group: jax.checkpoint(attend, prevent_cse=False)(*group), (q, k, v))
         return self.proj(rearrange(y, "g b n h t d -> b n t (g h d)"))
-
-
-def attend(q: Float[Array, "*B Q d"], k: Float[Array, "*B N d"], v: Float[Array, "*B N d"]) -> Float[Array, "*B Q d"]:
-    """Return for each query the mean of the values, weighted by a softmax in at least float32 over the keys."""
-    precise = at_least_float32(q.dtype)
-    logits = jnp.einsum("...qd,...kd->...qk", q * q.shape[-1] ** -0.5, k, preferred_element_type=precise)
-    return jnp.einsum("...qk,...kd->...qd", jax.nn.softmax(logits, axis=-1).astype(v.dtype), v)
 
 
 @jax.tree_util.register_dataclass

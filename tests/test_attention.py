@@ -1,0 +1,78 @@
+"""Softmax attention: values that can be checked by hand, and its own derivative against autodiff of the formula."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from re2tal_jax.backbones.attention import MASKED, attend
+
+WINDOWS, HEADS, TOKENS, CHANNELS = 3, 2, 5, 4
+
+
+def formula(q, k, v, bias=None, regions=None):
+    """The same, as papers write it."""
+    logits = q @ k.mT / q.shape[-1] ** 0.5
+    if bias is not None:
+        logits = logits + bias
+    if regions is not None:
+        same = regions[..., None, :, None] == regions[..., None, None, :]
+        logits = jnp.where(same, logits, logits + MASKED)
+    return jax.nn.softmax(logits, axis=-1) @ v
+
+
+def inputs(dtype) -> tuple[list[jax.Array], jax.Array, jax.Array]:
+    """Queries, keys and values, a bias, and regions: one window whole, one in two parts, one in three."""
+    draw = np.random.default_rng(0).normal
+    shape = (WINDOWS, HEADS, TOKENS, CHANNELS)
+    regions = jnp.array([[0, 0, 0, 0, 0], [0, 0, 1, 1, 1], [0, 1, 0, 2, 1]], jnp.int32)
+    bias = jnp.asarray(draw(size=(HEADS, TOKENS, TOKENS)))
+    return [jnp.asarray(draw(size=shape), dtype) for _ in range(3)], bias, regions
+
+
+def test_a_query_takes_the_mean_of_the_values_by_the_softmax_of_its_logits():
+    q = jnp.array([[np.log(3) * np.sqrt(2), 0], [0, 0]], jnp.float32)
+    k = jnp.array([[1, 0], [0, 1]], jnp.float32)
+    v = jnp.array([[4], [8]], jnp.float32)
+    np.testing.assert_allclose(attend(q, k, v), [[5], [6]], rtol=1e-6)  # weights 3/4, 1/4 and 1/2, 1/2
+
+
+def test_tokens_of_other_regions_count_for_nothing():
+    q = k = jnp.zeros((1, 1, 3, 1))
+    v = jnp.array([[[[3.0], [5.0], [11.0]]]])
+    np.testing.assert_allclose(attend(q, k, v, None, jnp.array([[0, 1, 0]])), [[[[7], [5], [7]]]], rtol=1e-6)
+
+
+def test_large_logits_do_not_overflow():
+    q, k, v = jnp.full((1, 2, 1), 1e3), jnp.array([[[1e3], [0.0]]]), jnp.array([[[4.0], [8.0]]])
+    np.testing.assert_array_equal(attend(q, k, v), [[[4], [4]]])
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("with_regions", [False, True])
+def test_derivative_equals_autodiff_of_the_formula(with_bias: bool, with_regions: bool):
+    with jax.enable_x64(True):
+        heads, bias, regions = inputs(jnp.float64)
+        moving = (*heads, bias) if with_bias else tuple(heads)
+        kept = regions if with_regions else None
+        expected, pull = jax.vjp(lambda *a: formula(*a, **({} if kept is None else {"regions": kept})), *moving)
+        given, own_pull = jax.vjp(lambda *a: attend(*a, *(() if with_bias else (None,)), kept), *moving)
+        cotangent = jnp.asarray(np.random.default_rng(1).normal(size=given.shape))
+        np.testing.assert_allclose(given, expected, rtol=1e-12, atol=1e-14)
+        for own, auto in zip(own_pull(cotangent), pull(cotangent), strict=True):
+            np.testing.assert_allclose(own, auto, rtol=1e-11, atol=1e-13)
+
+
+def test_in_bfloat16_logits_and_the_gradient_of_the_bias_are_summed_in_float32():
+    heads, bias, regions = inputs(jnp.bfloat16)
+    bias = bias.astype(jnp.float32)
+    many = [jnp.tile(x, (200, 1, 1, 1)) for x in heads]  # in bfloat16 a sum of 600 would be off by percents
+
+    def loss(function, q, k, v, bias):
+        return function(q, k, v, bias, jnp.tile(regions, (200, 1))).astype(jnp.float32).sum()
+
+    own = jax.grad(lambda b: loss(attend, *many, b))(bias)
+    exact = jax.grad(lambda b: loss(formula, *(x.astype(jnp.float32) for x in many), b))(bias)
+    assert own.dtype == jnp.float32
+    np.testing.assert_allclose(own, exact, atol=0.01 * float(jnp.abs(exact).max()))
+    assert attend(*heads, bias, regions).dtype == jnp.bfloat16
