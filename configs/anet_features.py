@@ -1,6 +1,6 @@
 """ActivityNet-1.3 on published TSP features with ActionFormer: the recipe of arXiv 2202.07925 as its authors run it.
 
-    python -m re2tal_jax.main --config configs/anet_features.py --config.data.features.folder=…
+    .venv/bin/python -m re2tal_jax.main --config configs/anet_features.py --config.data.features.folder=…
 
 No backbone and no videos: 512 channels a row, a row every 16 frames of videos at 15 frames a second, resized to 192
 snippets. One class and an external classifier, 15 epochs. Published average mAP with the CUHK classifier: 36.56 (tIoU

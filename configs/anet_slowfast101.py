@@ -1,6 +1,7 @@
 """ActivityNet-1.3 with Re2 SlowFast-101 and ActionFormer: the recipe of Re2TAL (arXiv 2211.14053) as OpenTAD ran it.
 
-    python -m re2tal_jax.main --config configs/anet_slowfast101.py --config.data.annotations=… --config.data.videos=…
+    .venv/bin/python -m re2tal_jax.main --config configs/anet_slowfast101.py
+        --config.data.annotations=… --config.data.videos=…
 
 Whole videos as 768 frames at 224 x 224, one class and an external classifier, 15 epochs. docs/data.md says where each
 file goes. Hardware of the published run: 4 GPUs, batch 8 (--config.mesh.data=4). Published average mAP with the CUHK

@@ -1,6 +1,7 @@
 """ActivityNet-1.3 with a rewired VideoMAE ViT-B and ActionFormer: Re2TAL's wiring on the backbone of AdaTAD's recipes.
 
-    python -m re2tal_jax.main --config configs/anet_videomae_b.py --config.data.annotations=… --config.data.videos=…
+    .venv/bin/python -m re2tal_jax.main --config configs/anet_videomae_b.py
+        --config.data.annotations=… --config.data.videos=…
 
 Whole videos as 768 frames at 160 x 160, attended to in clips of 16; one class and an external classifier; 15 epochs,
 batch 16. docs/data.md says where each file goes. Sizes and rates are those of OpenTAD's recipe that trains the whole

@@ -1,7 +1,7 @@
 """Your own videos with Re2 Video Swin-T and ActionFormer; docs/your_data.md goes through it step by step.
 
-    python -m re2tal_jax.data.check --config configs/custom.py
-    python -m re2tal_jax.main --config configs/custom.py
+    .venv/bin/python -m re2tal_jax.data.check --config configs/custom.py
+    .venv/bin/python -m re2tal_jax.main --config configs/custom.py
 
 For videos of any length with actions of about a second to a minute. Windows of 384 snippets, two frames each, every
 fourth frame of the video, at 224 x 224: 102 s at 30 fps. Put the videos into data/custom/videos, the annotation beside

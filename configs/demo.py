@@ -1,7 +1,7 @@
 """Rendered videos, end to end from random weights: the whole pipeline in minutes on a laptop, without any download.
 
     make demo
-    python -m re2tal_jax.main --config configs/demo.py
+    .venv/bin/python -m re2tal_jax.main --config configs/demo.py
 
 240 training videos (H.264, several sizes and frame rates) with six classes of motion that no single frame reveals.
 """

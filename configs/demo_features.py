@@ -1,8 +1,9 @@
 """The demo's localizer on features of the demo's videos: what an end-to-end run is compared with.
 
     make demo
-    python -m re2tal_jax.main --config configs/demo.py --workdir runs/demo --mode extract --out runs/demo/features
-    python -m re2tal_jax.main --config configs/demo_features.py
+    .venv/bin/python -m re2tal_jax.main --config configs/demo.py --workdir runs/demo
+        --mode extract --out runs/demo/features
+    .venv/bin/python -m re2tal_jax.main --config configs/demo_features.py
 
 Everything behind the backbone is that of configs/demo.py; the backbone is left out, its features are read. Mirroring
 needs frames, so it is off.

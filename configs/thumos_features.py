@@ -1,6 +1,6 @@
 """THUMOS-14 on published I3D features with ActionFormer: the recipe of arXiv 2202.07925 as its authors run it.
 
-    python -m re2tal_jax.main --config configs/thumos_features.py --config.data.features.folder=…
+    .venv/bin/python -m re2tal_jax.main --config configs/thumos_features.py --config.data.features.folder=…
 
 No backbone and no videos: 2048 channels a row (RGB and flow), each of 16 frames, a row every 4 frames. Windows of 2304
 snippets, 20 classes, 35 epochs. Published mAP (tIoU .3/.4/.5/.6/.7, average): 82.13/77.80/70.95/59.40/43.87, 66.83.

@@ -1,6 +1,7 @@
 """THUMOS-14 with a rewired VideoMAE ViT-B and ActionFormer: Re2TAL's wiring on the backbone of AdaTAD's recipes.
 
-    python -m re2tal_jax.main --config configs/thumos_videomae_b.py --config.data.annotations=… --config.data.videos=…
+    .venv/bin/python -m re2tal_jax.main --config configs/thumos_videomae_b.py
+        --config.data.annotations=… --config.data.videos=…
 
 Windows of 768 frames, every fourth of the video, at 160 x 160, attended to in clips of 16; 20 classes; 60 epochs of a
 100-epoch cosine, batch 2. docs/data.md says where each file goes. Sizes and rates are those of OpenTAD's recipe that

@@ -69,7 +69,7 @@ def example(dialect: Dialect, folder: Path) -> str:
     source.unlink()
     if code:
         raise RuntimeError(f"{command} ended with {code}:\n{printed.getvalue()}")
-    return f"python -m checkpoints_convert {' '.join(command)}\n\n{_short(printed.getvalue())}"
+    return f".venv/bin/python -m checkpoints_convert {' '.join(command)}\n\n{_short(printed.getvalue())}"
 
 
 def refusal(folder: Path) -> str:
@@ -84,7 +84,7 @@ def refusal(folder: Path) -> str:
         code = main(command)
     if code != 1:
         raise RuntimeError(f"{command} was not refused:\n{printed.getvalue()}")
-    return f"python -m checkpoints_convert {' '.join(command)}\n\n{_short(printed.getvalue())}"
+    return f".venv/bin/python -m checkpoints_convert {' '.join(command)}\n\n{_short(printed.getvalue())}"
 
 
 def _short(text: str) -> str:

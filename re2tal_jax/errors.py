@@ -1,7 +1,9 @@
-"""The errors that users meet, and the sentence that names the nearest allowed word."""
+"""The errors that users meet, and the sentences that name the nearest allowed word or file."""
 
 import difflib
+import os
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class Re2TalError(Exception):
@@ -27,3 +29,13 @@ def did_you_mean(name: str, allowed: Iterable[str]) -> str:
     if close:
         return f"Did you mean {' or '.join(repr(c) for c in close)}?"
     return f"Allowed: {', '.join(allowed)}."
+
+
+def similar_file(path: Path) -> str:
+    """Return a sentence, after a space, that names what beside `path` has the closest name, or nothing."""
+    try:
+        siblings = [entry.name for entry in os.scandir(path.parent)]
+    except OSError:
+        return ""
+    close = difflib.get_close_matches(path.name, siblings, n=1)
+    return f" Did you mean {str(path.parent / close[0])!r}?" if close else ""

@@ -4,9 +4,10 @@ This is how ActivityNet results are reported: each segment is repeated for the v
 classifier beside every number: one checkpoint moves by 3 points of mAP with it.
 """
 
+import hashlib
 import logging
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -77,6 +78,17 @@ class ExternalClassifier:
             video_id: _read_scores(f"{self._name}: {video_id}", scores, len(self.classes), config.softmax)
             for video_id, scores in content["results"].items()
         }
+
+    def identity(self) -> dict[str, Any]:
+        """Return what decides its part in detections, as JSON has it: a digest of all scores, and how they are used.
+
+        Where the file lies decides nothing.
+        """
+        digest = hashlib.sha256("\0".join(self.classes).encode("utf-8", "surrogatepass"))
+        for video_id, scores in sorted(self._scores.items()):
+            digest.update(f"\0{video_id}\0".encode("utf-8", "surrogatepass") + scores.tobytes())
+        used = {key: value for key, value in asdict(self.config).items() if key != "path"}
+        return {"sha256": digest.hexdigest(), **used}
 
     def check_videos(self, video_ids: Iterable[str]) -> None:
         """Raise DataError if there are no scores for one of these videos, under the policy "error"."""

@@ -5,7 +5,6 @@ import hashlib
 import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from jax.sharding import Mesh
 from re2tal_jax.config import read_config_file
 from re2tal_jax.data.classes import read_classes
 from re2tal_jax.data.dataset import AGNOSTIC
-from re2tal_jax.errors import CheckpointError, ConfigError
+from re2tal_jax.errors import CheckpointError, ConfigError, DataError, similar_file
 from re2tal_jax.experiment import make_detector, make_policy, make_preprocess, resolved_config
 from re2tal_jax.external_classifier import ExternalClassifier
 from re2tal_jax.inference.localize import TrainedDetector
@@ -59,12 +58,14 @@ def load(
     Raises:
         CheckpointError: no checkpoint, a damaged one, or one that does not fit the config.
         ConfigError: a config that cannot be used, no class list, or another than the checkpoint's.
+        DataError: `classes` is not there or cannot be read.
     """
     directory = Path(checkpoint_dir)
     step = best_or_latest(directory)
     settings = read_settings(saved_config(directory, step) if config is None else read_config_file(Path(config)))
     mesh = _mesh_of_batch(settings.eval.batch_size, settings.mesh.cpu_devices)
-    names = class_list(directory, settings, None if classes is None else Path(classes))
+    given = None if classes is None else Path(classes)
+    names = class_list(directory, settings, given, option="classes={!r}")
     return open_trained(settings, directory, mesh, MeshConfig(), names, step=step)
 
 
@@ -81,7 +82,8 @@ def open_trained(
     """Return a checkpoint as a detector on a mesh; errors as `load`, and of batches that the mesh cannot share."""
     check_batch_size(settings.eval.batch_size, mesh)
     config = resolved_config(settings)
-    check_agreement(config, saved_config(directory, step), directory)
+    saved = saved_config(directory, step)
+    check_agreement(config, saved, directory)
     policy = make_policy(settings, settings.eval, path="config.eval")
     model = describe_model(make_detector(settings))
     params = trained_parameters(directory, step, model)
@@ -91,6 +93,7 @@ def open_trained(
     return TrainedDetector(
         source=directory,
         step=step,
+        trained_fps=saved["data"].get("fps"),
         config=config,
         classes=tuple(classes),
         identity=_identity(config, classes, params, external),
@@ -164,18 +167,24 @@ def _differences(config: Mapping[str, Any], saved: Mapping[str, Any]) -> Iterato
                 yield f"{section}.{key}", mine[key], theirs[key], f"{section}.{key}", theirs[key]
 
 
-def class_list(directory: Path, settings: Settings, given: Path | None) -> tuple[str, ...]:
+def class_list(
+    directory: Path, settings: Settings, given: Path | None, *, option: str = "--classes {}"
+) -> tuple[str, ...]:
     """Return the classes of a checkpoint: those stored beside it, those of the file `given`, or "action" for one class.
+
+    `option` is how the user names the file, for errors.
 
     Raises:
         ConfigError: none is known, both are and differ, or there are more or fewer than outputs.
-        DataError: a file that cannot be read.
+        DataError: a file that is not there or cannot be read.
     """
     stored = stored_classes(directory)
     if given is not None:
+        if not given.is_file():
+            raise DataError(f"{option.format(str(given))}: there is no such file.{similar_file(given)}")
         names = read_classes(given)
         if stored is not None:
-            check_same_classes(names, stored, f"--classes {given}", directory)
+            check_same_classes(names, stored, option.format(str(given)), directory)
     elif stored is not None:
         names = stored
     elif settings.num_classes == 1:
@@ -184,10 +193,10 @@ def class_list(directory: Path, settings: Settings, given: Path | None) -> tuple
         raise ConfigError(
             f"{directory} does not say what its {settings.num_classes} classes are ({CLASSES} is missing: it was "
             "converted, or trained before class lists were kept). Name a file that lists them in the order of the "
-            "training with --classes FILE: one name a line."
+            f"training, one name a line, with {option.format('FILE')}."
         )
     if len(names) != settings.num_classes:
-        source = f"--classes {given}" if given else str(directory / CLASSES)
+        source = option.format(str(given)) if given else str(directory / CLASSES)
         raise ConfigError(f"{source} lists {len(names)} classes, but config.num_classes = {settings.num_classes}.")
     return names
 
@@ -233,7 +242,7 @@ def _identity(
     return {
         "parameters_sha256": _digest(params),
         "classes": list(classes),
-        "external_classifier": None if external is None else asdict(external.config),
+        "external_classifier": None if external is None else external.identity(),
         "config": {
             **{key: config[key] for key in ("num_snippets", "frames_per_snippet", "compute_dtype")},
             **{key: config[key] for key in ("localizer", "postprocess")},

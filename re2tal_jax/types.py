@@ -11,6 +11,9 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+FAINT = 0.1
+"""`Detections.plot` leaves out what scores less than this share of the best score."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class VideoRecord:
@@ -100,22 +103,31 @@ class Detections:
         found = [{"segment": segment, "label": label, "score": score} for segment, label, score in entries]
         return json.dumps(found, allow_nan=False)
 
-    def plot(self, *, duration_sec: float | None = None) -> "Figure":
+    def plot(self, *, min_score: float | None = None, duration_sec: float | None = None) -> "Figure":
         """Draw the detections on a time line, a row for each class, the best class on top; opacity is the score.
 
-        `duration_sec` is where the line ends; None ends it with the last detection.
+        Args:
+            min_score: what scores less is left out; None: what scores less than a tenth of the best. A detector keeps
+                hundreds of faint detections in a video, which mAP counts and nobody can tell apart in a picture.
+            duration_sec: where the line ends; None ends it with the last detection that is drawn.
         """
         from matplotlib import colormaps, rc_context  # where nothing is drawn nothing of it is needed
         from matplotlib.figure import Figure
 
-        rows = {label: row for row, label in enumerate(dict.fromkeys(self.labels))}
-        end = max(self.segments_sec[:, 1], default=1.0) if duration_sec is None else duration_sec
+        floor = FAINT * max(self.scores, default=0.0) if min_score is None else min_score
+        shown = [
+            (start, stop, label, score)
+            for (start, stop), label, score in zip(
+                self.segments_sec.tolist(), self.labels, self.scores.tolist(), strict=True
+            )
+            if score >= floor
+        ]
+        rows = {label: row for row, label in enumerate(dict.fromkeys(label for *_, label, _ in shown))}
+        end = max((stop for _, stop, *_ in shown), default=1.0) if duration_sec is None else duration_sec
         with rc_context({"text.parse_math": False}):  # "$" in a name starts no formula
             figure = Figure(figsize=(10, 1 + 0.35 * max(len(rows), 1)), layout="constrained")
             axes = figure.add_subplot()
-            for (start, stop), label, score in reversed(
-                list(zip(self.segments_sec.tolist(), self.labels, self.scores.tolist(), strict=True))
-            ):
+            for start, stop, label, score in reversed(shown):
                 color, opacity = colormaps["tab10"](rows[label] % 10), min(max(score, 0.02), 1.0)
                 axes.barh(rows[label], stop - start, left=start, height=0.8, color=color, alpha=opacity)
             axes.set(xlim=(0, end), ylim=(max(len(rows), 1) - 0.5, -0.5), xlabel="seconds (opacity: score)")

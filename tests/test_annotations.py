@@ -161,7 +161,8 @@ def test_findings_say_where_and_survive_a_worker():
     ("video", "message"),
     [
         (entry(subset=None), r"video 'a': no \"subset\"; found 'duration', 'annotations'"),
-        (entry(duration=None), r"video 'a': no \"duration\""),
+        (entry(duration=None), r"video 'a': no \"duration\"; found .*thumos_gt.json.*config.data.name=custom"),
+        (entry(act("1.5", "2.5")), r"two numbers .*found \['1.5', '2.5'\]. Take the quotes off"),
         (entry(annotations=None), r"video 'a': no \"annotations\""),
         (entry(subset=3), r"video 'a': \"subset\" must be text, found a number \(3\)"),
         (entry(duration="10"), r"video 'a': \"duration\" = '10' must be a positive number"),

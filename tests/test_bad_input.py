@@ -40,7 +40,8 @@ def test_videos_that_cannot_be_read_stop_the_run_or_are_named_and_counted(tmp_pa
         run_mode("train", config, tmp_path / "run")
     (video_id,) = set(re.findall(r"(?:training|validation)_\d+(?=')", str(error.value)))
     assert re.search(
-        f"Video {video_id!r}: .*{video_id}.mp4.*({bad[video_id]}).* set on_error to 'skip'", str(error.value)
+        f"Video {video_id!r}: .*{video_id}.mp4.*({bad[video_id]}).* add --config.train.loader.on_error=skip",
+        str(error.value),
     )
 
     config = changed(config, train__loader__on_error="skip", eval__loader__on_error="skip")

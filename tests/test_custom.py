@@ -13,8 +13,8 @@ import pytest
 from re2tal_jax.config import build, read_config_file
 from re2tal_jax.data import DATASETS, build_dataset
 from re2tal_jax.data.custom import held_out_videos
+from re2tal_jax.data.custom.tables import read_listing
 from re2tal_jax.data.dataset import Dataset
-from re2tal_jax.data.tables import read_listing
 from re2tal_jax.data.video_folder import VideoFolder, video_id
 from re2tal_jax.errors import ConfigError, DataError
 from tests.video_files import numbered_frames, write_video
@@ -100,6 +100,11 @@ def test_what_spreadsheets_write_is_read(tmp_path, name, text):
     assert read_listing(path) == {"x": {"annotations": [{"segment": [0.5, 1.25], "label": "A, b"}]}}
 
 
+def test_minutes_without_hours_may_be_many(tmp_path):
+    (video,) = read_listing(table(tmp_path, "a,59:59,75:00.5,A")).values()
+    assert video["annotations"] == [{"segment": [3599.0, 4500.5], "label": "A"}]
+
+
 @pytest.mark.parametrize(
     ("rows", "header", "message"),
     [
@@ -108,6 +113,8 @@ def test_what_spreadsheets_write_is_read(tmp_path, name, text):
         (["a,1,2,A,x"], "video,start_sec,end_sec,label,subst", r"column 'subst': did you mean 'subset'\?"),
         (["a,one,2,A"], None, r"line 2: video 'a': start_sec = 'one' is no time"),
         (["a,1,2,A", "a,1,,A"], None, r"line 3: video 'a': start_sec, end_sec and label belong together"),
+        (["a,1,0:00:75,A"], None, r"line 2: video 'a': end_sec = '0:00:75': seconds end at 59"),
+        (["a,1,2,A", "b,1,0:75:00,A"], None, r"line 3: video 'b': end_sec = '0:75:00': minutes end at 59"),
         (["a,1,2,"], None, r"line 2: video 'a': start_sec, end_sec and label belong together"),
         ([",1,2,A"], None, r"line 2: no video is named"),
         (
@@ -365,7 +372,7 @@ def test_videos_without_a_file_stop_or_are_left_out_and_damaged_ones_are_told(tm
 
 def test_durations_have_to_come_from_somewhere(tmp_path, clip):
     rows = table(tmp_path, "a,0,1,Run", "b,0,1,Run")
-    with pytest.raises(DataError, match=r"no duration of video 'a' and 1 others.*\(option videos\)"):
+    with pytest.raises(DataError, match=r"no duration of video 'a' and 1 other, and.*\(option videos\)"):
         opened(rows, None)
     with pytest.raises(DataError, match=r"Video folder .*nowhere does not exist"):
         opened(rows, tmp_path / "nowhere")
@@ -386,6 +393,14 @@ def test_no_subset_is_empty_however_few_the_videos():
     assert held_out_videos(["a"], 0.9) == set()
 
 
+def test_one_video_is_for_training_and_an_evaluation_of_it_is_told_how(tmp_path):
+    header = "video,start_sec,end_sec,label,duration_sec"
+    rows = table(tmp_path, "a,0,1,Run,5", header=header)
+    assert list(segments(opened(rows, None, subset="training"))) == ["a"]
+    with pytest.raises(DataError, match=r"'a' is the only video and has no subset.*add the column subset"):
+        opened(rows, None, subset="validation")
+
+
 def test_a_split_that_is_made_is_told_with_the_classes_it_lacks(tmp_path, caplog):
     header = "video,start_sec,end_sec,label,duration_sec"
     rows = table(tmp_path, *(f"v{i},0,1,{'Rare' if i == 0 else 'Run'},5" for i in range(40)), header=header)
@@ -394,7 +409,7 @@ def test_a_split_that_is_made_is_told_with_the_classes_it_lacks(tmp_path, caplog
     counts = Counter(record.subset for record in dataset.records)
     assert f"{counts['training']} videos for training, {counts['validation']} for validation" in caplog.text
     lacking = "training" if "v0" in held_out_videos([f"v{i}" for i in range(40)], 0.2) else "validation"
-    assert f"no segment for {'validation' if lacking == 'validation' else 'training'} of 1 classes: Rare" in caplog.text
+    assert f"no segment for {'validation' if lacking == 'validation' else 'training'} of 1 class: Rare" in caplog.text
 
 
 def test_subsets_are_for_all_or_for_none(tmp_path):

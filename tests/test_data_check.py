@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from re2tal_jax.data.check import Report, check, main
-from re2tal_jax.data.check_videos import unsteadiness
+from re2tal_jax.data.check import Report, check
+from re2tal_jax.data.check.__main__ import main
+from re2tal_jax.data.check.report import span
+from re2tal_jax.data.check.videos import unsteadiness
 from re2tal_jax.errors import ConfigError
 from tests.system import write_config
 from tests.video_files import numbered_frames, write_audio, write_video
@@ -55,6 +57,7 @@ class DataSet:
             "num_snippets": 50,
             "frames_per_snippet": 1,
             "num_classes": 2,
+            "backbone": {"checkpoint": None},
             "data": {"name": "activitynet", "annotations": str(folder / "a.json"), "videos": str(self.videos)},
             "train": {"subset": "training", "policy": dict(policy), "loader": dict(loader)},
             "eval": {"subset": "validation", "policy": dict(policy), "loader": dict(loader)},
@@ -107,6 +110,7 @@ def test_nothing_is_found_where_nothing_is_wrong(data):
         ([(8.5, 12)], {"past_end": ("warning", 1)}),
         ([(8.5, 10.01)], {"past_end": ("note", 1)}),
         ([(8.5, 9.5), (8.5, 9.5)], {"duplicate": ("warning", 1)}),
+        ([(8.5, 9.5), (8.5, 9.5), (8.5, 9.501)], {"duplicate": ("warning", 2)}),
         ([(8.5, 9.5), (8.5, 9.55)], {"overlapping_duplicate": ("warning", 1)}),
         ([(8.5, 9.5), (8.5, 9.6, "Jump"), (8.9, 9.8)], {}),
         ([(8.5, 8.6)], {"shorter_than_snippet": ("note", 1)}),
@@ -121,9 +125,20 @@ def test_bad_segments_are_found(data, segments, expected):
 def test_examples_and_advice_are_told(data):
     data.add("t2", 8.5, 12)
     (item,) = data.check().problems
-    assert item.message.startswith("training: 1 of 41 segments end after their video, by 2 s at most")
+    assert item.message.startswith("training: 1 of 41 segments ends after its video, by 2 s at most")
     assert item.examples == ("t2 8.5-12 s (Run) of 10 s",)
     assert item.advice == "Correct them, or the durations, in the annotation."
+
+
+def test_segments_that_differ_by_rounding_are_told_to_count_twice(data):
+    for end in (9.5, 9.5, 9.501):
+        data.add("t2", 8.5, end)
+    (item,) = data.check().problems
+    assert item.message == (
+        "training: 2 segments are in the file twice, with one label, 1 of them with times that differ by rounding, "
+        "which count twice."
+    )
+    assert item.examples == ("t2 8.5-9.5 s (Run)", "t2 8.5-9.5 s (Run) and 8.5-9.501 s")
 
 
 def test_videos_without_segments_and_short_ones_are_told(data):
@@ -173,6 +188,42 @@ def test_class_agnostic_is_one_class(data):
 def test_a_video_in_both_subsets_is_an_error(data):
     data.config["eval"]["subset"] = ["training", "validation"]
     assert found(data.check()) == {"in_both_subsets": ("error", 2)}
+
+
+# --- weights and features ---------------------------------------------------------------------------------------------
+
+
+def test_weights_that_are_not_there_are_an_error(data):
+    folder = data.folder / "weights"
+    data.config["backbone"]["checkpoint"] = str(folder)
+    (item,) = data.check().problems
+    assert (item.code, item.severity) == ("no_checkpoint", "error")
+    assert item.message == f"config.backbone.checkpoint = {str(folder)!r} is no folder."
+    folder.mkdir()
+    assert "holds neither" in data.check().problems[0].message
+    (folder / "checkpoints" / "100").mkdir(parents=True)
+    assert data.check().problems == ()
+    (folder / "checkpoints" / "100").rmdir()
+    assert found(data.check()) == {"no_checkpoint": ("error", 1)}
+    (folder / "params.safetensors").touch()
+    assert data.check().problems == ()
+
+
+def test_features_that_are_not_there_are_errors_and_the_annotation_is_checked_all_the_same(data):
+    data.add("t2", 3, 3)
+    data.config["data"] |= {"videos": None, "features": {"folder": str(data.folder / "features")}}
+    report = data.check()
+    expected = {"zero_length": ("warning", 1), "videos_not_checked": ("note", 1)}
+    assert found(report) == {"no_feature_folder": ("error", 1), **expected}
+    assert "--mode extract --out" in report.problems[0].message
+    (data.folder / "features").mkdir()
+    assert found(data.check()) == {"features_missing": ("error", 4), **expected}
+    for name in ("t1", "v1", "v2"):
+        np.save(data.folder / "features" / f"{name}.npy", np.zeros((4, 2), np.float32))
+    report = data.check()
+    assert found(report) == {"features_missing": ("error", 1), **expected}
+    (item,) = [item for item in report.problems if item.code == "features_missing"]
+    assert (item.message, item.examples) == ("1 video has no features.", ("t2",))
 
 
 # --- lengths beside the windows --------------------------------------------------------------------------------------
@@ -359,7 +410,7 @@ def test_the_command_prints_a_report_and_writes_it(data, capsys, tmp_path):
     config = write_config(tmp_path / "config.py", data.config)
     code, out, _ = run(capsys, "--config", config, "--json", tmp_path / "report.json", "--workers", 1)
     assert code == 0
-    assert "train  training         2      2    0.0        41        2   0.4 s    0.4 s" in out
+    assert "train  training         2      2    20 s        41        2   0.4 s    0.4 s" in out
     assert "0.25 to 0.5 s     40    40  " + "#" * 40 in out
     assert (
         "warnings: it runs, and learns or scores less than it could\n  zero_length: training: 1 of 41 segments" in out
@@ -394,6 +445,18 @@ def test_a_bad_command_is_told(data, capsys, tmp_path, arguments, message):
     assert message in err
 
 
+def test_times_are_told_in_a_unit_that_suits_them():
+    assert [span(seconds) for seconds in (20, 750, 11520, 3.6e6)] == ["20 s", "12.5 min", "3.2 h", "1,000.0 h"]
+
+
+def test_rendering_is_told(data, capsys, caplog, tmp_path):
+    data.config["data"] = {"name": "synthetic", "root": str(tmp_path / "set"), "num_train": 1, "num_validation": 1}
+    config = write_config(tmp_path / "config.py", data.config)
+    _, out, _ = run(capsys, "--config", config)
+    assert "rendering 2 videos to" in caplog.text
+    assert "train  training" in out
+
+
 def test_a_config_without_a_section_is_told(data):
     del data.config["train"]["policy"]
     with pytest.raises(ConfigError, match=r"config.train lacks policy"):
@@ -408,7 +471,8 @@ def config_of(data: dict[str, Any], train: str, evaluation: str, snippets: int, 
         section: {"subset": subset, "policy": policy or {"name": "resize"}, "loader": {}}
         for section, subset in (("train", train), ("eval", evaluation))
     }
-    return {"num_snippets": snippets, "frames_per_snippet": 1, "num_classes": classes, "data": data, **splits}
+    numbers = {"num_snippets": snippets, "frames_per_snippet": 1, "num_classes": classes}
+    return {**numbers, "backbone": {"checkpoint": None}, "data": data, **splits}
 
 
 def test_what_is_odd_in_activitynet_is_found(data_dir):
@@ -425,8 +489,9 @@ def test_what_is_odd_in_activitynet_is_found(data_dir):
     counts = {(item.code, item.message.split(":")[0]): item.count for item in report.problems}
     assert counts["zero_length", "training"] == 9
     assert counts["zero_length", "validation"] == 3
-    assert counts["duplicate", "training"] == 28
-    assert counts["overlapping_duplicate", "validation"] == 4
+    assert counts["duplicate", "training"] == 28 + 4  # equal, and by rounding
+    assert counts["overlapping_duplicate", "training"] == 3
+    assert counts["overlapping_duplicate", "validation"] == 1
     assert counts["shorter_than_snippet", "validation"] == 52
     assert not report.failed
 

@@ -13,9 +13,11 @@ import av
 import numpy as np
 import pytest
 
-from re2tal_jax.data import prepare as command
-from re2tal_jax.data.encode import Encoding, encode_video, output_size
-from re2tal_jax.data.prepare import Job, main, plan
+from re2tal_jax.data.prepare import jobs as command
+from re2tal_jax.data.prepare.__main__ import main
+from re2tal_jax.data.prepare.encode import Encoding, encode_video, output_size
+from re2tal_jax.data.prepare.jobs import Job, plan
+from re2tal_jax.data.prepare.record import SOURCES, Record
 from re2tal_jax.data.video import frame_times, probe, read_frames, seconds_to_frames
 from re2tal_jax.errors import ConfigError, DataError
 from tests.video_files import frame_numbers, numbered_frames, rotate, write_audio, write_video
@@ -28,9 +30,10 @@ FLAGS = ("--short-side", 16, "--fps", 10, "--gop", 5, "--workers", 1)
 def in_this_process(monkeypatch) -> None:
     """Encode without a pool, whose processes take seconds to start; `test_processes_…` has its own."""
 
-    def encode_all(jobs, encoding, workers, failures, progress) -> bool:
-        del workers, progress
-        failures |= {job.source: why for job in jobs if (why := command.encode_job(job, encoding)) is not None}
+    def encode_all(jobs, encoding, workers, finish) -> bool:
+        del workers
+        for job in jobs:
+            finish(job, command.encode_job(job, encoding))
         return False
 
     monkeypatch.setattr(command, "_encode_until_crash", encode_all)
@@ -55,7 +58,7 @@ def files(folder: Path) -> Iterator[str]:
 
 def test_the_encoding_is_what_was_asked_for(tmp_path):
     source = write_video(tmp_path / "a.mkv", numbered_frames(40, 64, 96), fps=20)
-    assert encode_video(source, tmp_path / "b.mp4", ENCODING) == 20
+    assert encode_video(source, tmp_path / "b.mp4", ENCODING) == (20, [])
     info = probe(tmp_path / "b.mp4")
     assert (info.num_frames, info.fps, info.duration_sec, info.height, info.width) == (20, 10.0, 2.0, 16, 24)
     with av.open(str(tmp_path / "b.mp4")) as container:
@@ -92,6 +95,30 @@ def test_a_variable_rate_becomes_constant_and_times_hold(tmp_path):
         5,
         6,
     ]
+
+
+@pytest.mark.parametrize(
+    ("times", "jump", "order"),
+    [
+        ([0, 100, 200, 300, 20300, 20400, 20500], "at 0.40 s by +19.90 s", [0, 1, 2, 3, 4, 5, 6]),
+        ([0, 100, 200, 1000, 1100, 9000, 9100], "", [0, 1, 2, 2, 2, 2, 2]),  # pauses that may well be meant
+    ],
+)
+def test_timestamps_that_leap_are_told_and_frames_go_on_in_order(tmp_path, times, jump, order):
+    source = write_video(tmp_path / "a.mkv", numbered_frames(7, step=20), times=times)
+    _, jumps = encode_video(source, tmp_path / "b.mp4", ENCODING)
+    assert [str(found) for found in jumps] == [jump] * bool(jump)
+    assert shown_at(tmp_path / "b.mp4", np.arange(7) / 10 + 0.05, 20) == order
+
+
+def test_timestamps_that_begin_again_are_told_and_no_frame_is_lost(tmp_path):
+    parts = [write_video(tmp_path / f"{n}.ts", numbered_frames(20) + np.uint8(80 * n)) for n in range(2)]
+    joined = tmp_path / "joined.ts"
+    joined.write_bytes(b"".join(part.read_bytes() for part in parts))
+    frames, (jump,) = encode_video(joined, tmp_path / "b.mp4", ENCODING)
+    assert frames == 40
+    assert str(jump) == "at 2.00 s by -2.00 s"
+    assert shown_at(tmp_path / "b.mp4", np.arange(40) / 10 + 0.05) == list(range(40))
 
 
 def test_a_video_is_turned_as_it_is_displayed(tmp_path):
@@ -157,21 +184,21 @@ def test_a_run_goes_on_where_it_stopped_and_leaves_the_sources_alone(tmp_path, c
     monkeypatch.setattr(command, "encode_video", interrupted)
     assert run(tmp_path / "videos", "--out", out, *FLAGS) == 130
     assert "the same command goes on" in capsys.readouterr().err
-    assert list(files(out)) == ["a.mp4", "prepare.json"]
+    assert list(files(out)) == ["a.mp4", "prepare.json", SOURCES]
     finished = (out / "a.mp4").stat().st_mtime_ns
     (out / "in" / ".b.mp4.part").write_bytes(b"left by a kill")
     others = out / ".download.part"
     others.write_bytes(b"of another program")
     monkeypatch.setattr(command, "encode_video", real)
     assert run(tmp_path / "videos", "--out", out, *FLAGS) == 0
-    assert capsys.readouterr().out == "1 encoded, 1 were there, 0 cannot be read\n"
+    assert capsys.readouterr().out == "1 video encoded, 1 there before, 0 failed\n"
     assert others.read_bytes() == b"of another program"
     others.unlink()
-    assert list(files(out)) == ["a.mp4", "in/b.mp4", "prepare.json"]
+    assert list(files(out)) == ["a.mp4", "in/b.mp4", "prepare.json", SOURCES]
     assert (out / "a.mp4").stat().st_mtime_ns == finished
     assert {path: path.read_bytes() for path in before} == before
     assert run(tmp_path / "videos", "--out", out, *FLAGS[:-1], 3) == 0
-    assert capsys.readouterr().out == "0 encoded, 2 were there, 0 cannot be read\n"
+    assert capsys.readouterr().out == "0 videos encoded, 2 there before, 0 failed\n"
 
 
 def test_damaged_videos_are_named_and_counted_and_tried_again(tmp_path, capsys):
@@ -180,10 +207,42 @@ def test_damaged_videos_are_named_and_counted_and_tried_again(tmp_path, capsys):
     (tmp_path / "videos" / "bad.mp4").write_bytes(b"no video" * 100)
     for _ in range(2):
         assert run(tmp_path / "videos", "--out", tmp_path / "out", *FLAGS) == 1
-        text = capsys.readouterr().out
-        assert "1 cannot be read" in text
-        assert "bad.mp4: not readable as a video" in text
-    assert list(files(tmp_path / "out")) == ["a.mp4", "prepare.json"]
+        first, title, reason, advice = capsys.readouterr().out.splitlines()
+        assert first.endswith("1 failed")
+        assert title == f"failed, and not in {tmp_path / 'out'}:"
+        assert "bad.mp4: not readable as a video" in reason
+        assert "the same command then encodes what is missing" in advice
+    assert list(files(tmp_path / "out")) == ["a.mp4", "prepare.json", SOURCES]
+
+
+def test_jumps_are_named_again_when_the_command_is_given_again(tmp_path, capsys):
+    (tmp_path / "videos").mkdir()
+    write_video(tmp_path / "videos" / "a.mkv", numbered_frames(4), times=[0, 100, 30000, 30100])
+    for _ in range(2):
+        assert run(tmp_path / "videos", "--out", tmp_path / "out", *FLAGS) == 0
+        _, title, jump, advice = capsys.readouterr().out.splitlines()
+        assert title == "encoded in the order of the frames, because timestamps jump:"
+        assert jump == f"  {tmp_path / 'videos' / 'a.mkv'}: at 0.20 s by +29.80 s"
+        assert "segments after these times" in advice
+
+
+def test_a_video_of_the_same_name_is_not_taken_for_the_one_that_is_there(tmp_path, capsys):
+    for number in range(2):
+        (tmp_path / f"day {number}").mkdir()
+        write_video(tmp_path / f"day {number}" / "a.mp4", numbered_frames(4 + number))
+    assert run(tmp_path / "day 0", "--out", tmp_path / "out", *FLAGS) == 0
+    assert run(tmp_path / "day 1", "--out", tmp_path / "out", *FLAGS) == 1
+    assert "day 0/a.mp4 would both be" in capsys.readouterr().err
+    (tmp_path / "day 0").rename(tmp_path / "moved")  # the same file elsewhere is the same
+    with (tmp_path / "out" / SOURCES).open("a") as file:
+        file.write('{"video": "b.mp4", "sou')  # a kill in the middle
+    assert run(tmp_path / "moved", "--out", tmp_path / "out", *FLAGS) == 0
+    write_video(tmp_path / "moved" / "a.mp4", numbered_frames(9))
+    (tmp_path / "moved").rename(tmp_path / "day 0")
+    assert run(tmp_path / "day 0", "--out", tmp_path / "out", *FLAGS) == 1
+    assert "has changed since" in capsys.readouterr().err
+    (tmp_path / "out" / "a.mp4").unlink()
+    assert run(tmp_path / "day 0", "--out", tmp_path / "out", *FLAGS) == 0
 
 
 def test_what_cannot_be_done_is_told(tmp_path, capsys):
@@ -205,12 +264,16 @@ def test_what_cannot_be_done_is_told(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"empty: no video is there"):
         plan(tmp_path / "empty", tmp_path / "o")
+    for name in ("a.avi", "a.mov", "a.avi.mkv"):
+        (tmp_path / "empty" / name).touch()
+    with pytest.raises(DataError, match=r"'a.avi' and 'a.avi.mkv' would both be 'a.avi.mp4': rename one"):
+        plan(tmp_path / "empty", tmp_path / "o")
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path):
     with (
         command._claimed(tmp_path, ENCODING),
-        pytest.raises(DataError, match=r"another run is at work"),
+        pytest.raises(DataError, match=r"another preparation is at work there"),
         command._claimed(tmp_path, ENCODING),
     ):
         pass
@@ -223,7 +286,7 @@ def test_a_video_whose_decoder_crashes_is_named_and_costs_no_other(tmp_path, mon
     for job in jobs:
         job.source.touch()
 
-    def crashing(jobs, encoding, workers, failures, progress) -> bool:
+    def crashing(jobs, encoding, workers, finish) -> bool:
         """A pool of two, in which c brings the decoder down."""
         for first, second in zip(jobs[::2], [*jobs[1::2], None], strict=False):
             for job in (first, second):
@@ -237,7 +300,7 @@ def test_a_video_whose_decoder_crashes_is_named_and_costs_no_other(tmp_path, mon
         return False
 
     monkeypatch.setattr(command, "_encode_until_crash", crashing)
-    failures = command._encode_all(jobs, ENCODING, 2)
+    failures = command._encode_all(jobs, ENCODING, 2, Record(tmp_path / "out"))
     assert failures == {jobs[2].source: f"{jobs[2].source}: the decoder crashed on it."}
     assert sorted(path.name for path in (tmp_path / "out").glob("[a-z]*")) == ["a.mp4", "b.mp4", "d.mp4"]
 

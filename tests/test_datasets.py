@@ -98,13 +98,13 @@ def test_a_subset_that_is_not_there_names_those_that_are(tmp_path):
 
 
 def test_a_subset_without_ground_truth_is_refused_unless_asked_for(tmp_path):
-    with pytest.raises(DataError, match=r"subset testing has videos but no ground truth.*testing \(1 videos, 0 segm"):
+    with pytest.raises(DataError, match=r"subset testing has videos but no ground truth.*testing \(1 video, 0 segm"):
         anet(tmp_path, subset="testing")
     assert ids(anet(tmp_path, subset="testing", unlabelled=True)) == ["e"]
 
 
 def test_training_needs_a_video_that_is_left(tmp_path):
-    with pytest.raises(DataError, match=r"no video of subset training is left: .*too_short"):
+    with pytest.raises(DataError, match=r"is left of 3 videos\. Left out: .*too_short: .*lower min_length_ratio\.$"):
         anet(tmp_path, training=True, min_length_ratio=0.5)
 
 
@@ -179,7 +179,9 @@ def test_missing_videos_are_reported_together_or_left_out(tmp_path):
 
 
 def test_a_folder_with_no_video_of_the_subset_is_an_error_either_way(tmp_path):
-    with pytest.raises(DataError, match=r"no video of subset training is left"):
+    with pytest.raises(
+        DataError, match=r"left of 3 videos\. Left out: video_missing: 3 \(such as a, b, c\)\. To go on"
+    ):
         anet(tmp_path, videos=files(tmp_path), missing_videos="skip")
     with pytest.raises(DataError, match=r"Video folder .*nowhere does not exist"):
         anet(tmp_path, videos=str(tmp_path / "nowhere"))

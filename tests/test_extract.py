@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from re2tal_jax.data.extraction import FeatureFolder, join_windows
+from re2tal_jax.data.extraction import LOCK, FeatureFolder, join_windows
 from re2tal_jax.data.manifest import read_manifest
 from re2tal_jax.data.sampling import Resize
 from re2tal_jax.errors import CheckpointError, ConfigError, DataError
@@ -175,6 +175,20 @@ def test_files_that_no_extraction_wrote_are_left_alone(tmp_path, config):
     with pytest.raises(DataError, match="holds npy files without a manifest"):
         run(config, tmp_path / "run", out=str(tmp_path), overwrite=True)
     assert [p.name for p in tmp_path.iterdir()] == ["training_0.npy"]
+
+
+def test_two_extractions_do_not_write_into_one_folder(copied, extracted, config, tmp_path):
+    for overwrite in (False, True):
+        with FeatureFolder(copied, Resize(num_snippets=T), 0).claimed():
+            before = content(copied)
+            with pytest.raises(DataError, match=r"features: another extraction is at work there.*--out"):
+                run(config, tmp_path / "run", out=str(copied), overwrite=overwrite)
+            assert content(copied) == before
+    assert content(copied) == content(extracted)
+    (copied / LOCK).write_text("")  # what a kill leaves stops nobody
+    with FeatureFolder(copied, Resize(num_snippets=T), 0).claimed():
+        pass
+    assert content(copied) == content(extracted)
 
 
 def test_names_cannot_lead_out_of_the_folder(tmp_path):

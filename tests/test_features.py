@@ -14,8 +14,8 @@ from re2tal_jax.backbones.precomputed import Precomputed
 from re2tal_jax.config import read_config_file
 from re2tal_jax.data.activitynet import activitynet
 from re2tal_jax.data.elements import LoaderConfig
-from re2tal_jax.data.feature_files import Place, read_features
 from re2tal_jax.data.features import FeatureConfig, open_features, take_rows
+from re2tal_jax.data.features.files import Place, read_features
 from re2tal_jax.data.manifest import Manifest, VideoEntry, note_video, read_manifest, write_manifest
 from re2tal_jax.data.pipeline import Loader
 from re2tal_jax.data.sampling import Padding, RandomTrunc, Resize, SlidingWindow

@@ -1,11 +1,14 @@
 import json
 import logging
+import time
 from dataclasses import replace
 
 import jax
 import numpy as np
+import psutil
 import pytest
 
+from re2tal_jax.data import video
 from re2tal_jax.data.dataset import Dataset
 from re2tal_jax.data.elements import LoaderConfig
 from re2tal_jax.data.findings import Findings
@@ -184,7 +187,9 @@ def test_processes_share_every_batch_by_rows(folder, train):
 
 
 def test_an_unreadable_video_stops_the_run_with_id_file_and_way_out(damaged):
-    with pytest.raises(DataError, match=r"Video 'video 2': .*2\.mp4: the video file is empty.*on_error to 'skip'"):
+    with pytest.raises(
+        DataError, match=r"Video 'video 2': .*2\.mp4: the video file is empty.*--config.eval.loader.on_error=skip"
+    ):
         list(loader(damaged, train=False))
 
 
@@ -249,6 +254,29 @@ def test_windows_are_counted_from_the_files_where_the_annotation_is_silent(folde
     assert len(known.windows) == len(silent.windows) > COUNT
     assert_equal(list(known), list(silent))
     assert known.grid(9) == silent.grid(9)
+
+
+def test_the_index_of_a_video_of_many_windows_is_read_once(folder, monkeypatch):
+    read, index = [], video._index
+    monkeypatch.setattr(video, "_index", lambda path: read.append(path) or index(path))
+    source = loader(dataset(folder), WINDOWS, train=False)
+    list(source)
+    assert len(source.windows) > 2 * COUNT
+    assert read == [folder / f"{i}.mp4" for i in range(COUNT)]
+
+
+def test_no_video_stays_open_behind_an_evaluation_or_a_training_step(folder):
+    def opened():
+        return [file for file in psutil.Process().open_files() if file.path.endswith(".mp4")]
+
+    list(loader(dataset(folder), WINDOWS, train=False))
+    batches = iter(loader(dataset(folder)))
+    next(batches)
+    batches.close()
+    deadline = time.monotonic() + 10
+    while opened() and time.monotonic() < deadline:  # threads end when they have read what they were at
+        time.sleep(0.01)
+    assert opened() == []
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"batch_size": 3}])

@@ -19,10 +19,12 @@ import re2tal_jax
 from checkpoints_convert.__main__ import main as convert
 from re2tal_jax.activitynet_format import read_activitynet
 from re2tal_jax.data.tfds_builders.__main__ import prepare
+from re2tal_jax.data.video_files import open_video_files
 from re2tal_jax.errors import CheckpointError, ConfigError, DataError
 from re2tal_jax.experiment import draw_blueprint, resolved_config
 from re2tal_jax.inference.detect import detect
 from re2tal_jax.inference.finished import NAME, Finished, FinishedVideos
+from re2tal_jax.inference.localize import open_loader
 from re2tal_jax.modes.predict import PAGE, PREDICTIONS, TABLE
 from re2tal_jax.progress import WorkProgress
 from re2tal_jax.settings import read_settings
@@ -183,9 +185,43 @@ def test_another_config_or_checkpoint_is_not_mixed_in(tmp_path, trained, config,
         run_predict(other, trained, tmp_path / "out", videos)
 
 
+def test_a_workdir_without_anything_trained_says_what_to_do(tmp_path, config, videos):
+    for folder in (tmp_path / "new", tmp_path / "begun"):
+        (tmp_path / "begun" / "checkpoints").mkdir(parents=True, exist_ok=True)
+        with pytest.raises(CheckpointError, match=rf"{folder} holds no trained detector. Train one .*--checkpoint DIR"):
+            run_predict(config, folder, tmp_path / "out", videos)
+
+
+def test_a_call_with_what_is_no_file_says_so(tmp_path, model, videos):
+    for video, message in (
+        (videos / f"{IDS[0]}.mpp", rf"there is no such video file. Did you mean '.*{IDS[0]}.mp4'\?"),
+        (videos, "is a folder: name one video file in it"),
+        (None, "takes the path of one video file; this is None, a NoneType"),
+        ([videos], "this is .*, a list"),
+    ):
+        with pytest.raises(DataError, match=message):
+            re2tal_jax.localize(model, video)
+
+
+def test_videos_of_another_frame_rate_are_told(tmp_path, sliding, caplog):
+    for name, fps in (("slower", 8), ("faster", 20)):
+        write_video(tmp_path / f"{name}.mp4", numbered_frames(40), fps=fps)
+    model = re2tal_jax.load(sliding[0])
+    files = {path.stem: path for path in sorted(tmp_path.glob("*.mp4"))}
+    data, _ = open_video_files(files, on_error="error", classes=CLASSES)
+    open_loader(model, data)
+    (message,) = caplog.messages
+    assert message.startswith("1 of 2 videos have another frame rate than those of the training (config.data.fps = 10)")
+    assert "'faster' with 20 frames a second: a snippet of it lasts 0.1 s in the place of 0.2 s" in message
+    open_loader(dataclasses.replace(model, trained_fps=None), data)
+    assert len(caplog.messages) == 1
+
+
 def test_damaged_videos_are_named_and_never_cost_the_others(tmp_path, trained, config, evaluated, videos, caplog):
     (videos / "broken.mp4").write_bytes(b"no video at all" * 100)
-    with pytest.raises(DataError, match=r"Video 'broken': .*broken.mp4: not readable.* set on_error to 'skip'"):
+    with pytest.raises(
+        DataError, match=r"Video 'broken': .*broken.mp4: not readable.* --config.eval.loader.on_error=skip"
+    ):
         run_predict(config, trained, tmp_path / "out", videos)
     run_predict(skipping(config), trained, tmp_path / "out", videos)
     assert results(tmp_path / "out") == evaluated
@@ -252,7 +288,7 @@ def test_files_are_named_one_by_one_by_folder_or_by_pattern(tmp_path):
 @pytest.fixture(scope="module")
 def sliding(tmp_path_factory, config, quick_compilation):
     """A run whose windows slide: 8 snippets of 2 frames, and its config."""
-    config = changed(config, eval__policy=SLIDING, postprocess__suppress_in="video")
+    config = changed(config, eval__policy=SLIDING, postprocess__suppress_in="video", data__fps=10.0)
     return save_run(tmp_path_factory.mktemp("sliding") / "run", config), config
 
 
@@ -386,10 +422,15 @@ def test_what_changes_no_detection_may_differ(tmp_path, trained, config, videos,
 def test_classes_are_those_of_the_training_or_of_a_file(tmp_path, trained, config, videos, tiny_data, evaluated):
     bare = Path(shutil.copytree(trained, tmp_path / "bare"))
     (bare / CLASS_FILE).unlink()
-    with pytest.raises(ConfigError, match=r"does not say what its 2 classes are \(classes.json is missing.*--classes"):
+    missing = r"does not say what its 2 classes are \(classes.json is missing.*"
+    with pytest.raises(ConfigError, match=missing + "with --classes FILE."):
         run_predict(config, bare, tmp_path / "out", videos)
+    with pytest.raises(ConfigError, match=missing + "with classes='FILE'."):
+        re2tal_jax.load(bare)
     for name, text in (("right", "left\nright\n"), ("turned", "right\nleft\n"), ("few", "left\n")):
         (tmp_path / f"{name}.txt").write_text(text)
+    with pytest.raises(DataError, match=r"--classes .*rigth.txt: there is no such file. Did you mean '.*right.txt'\?"):
+        run_predict(config, bare, tmp_path / "out", videos, classes=str(tmp_path / "rigth.txt"))
     run_predict(config, bare, tmp_path / "out", videos, classes=str(tmp_path / "right.txt"))
     assert results(tmp_path / "out") == evaluated
     with pytest.raises(ConfigError, match=r"few.txt lists 1 classes, but config.num_classes = 2"):
@@ -461,6 +502,11 @@ def test_a_classifier_that_lacks_the_videos_is_left_out(tmp_path, config, videos
     assert f"is left out, and all detections are called 'action': {tmp_path}" in caplog.text
     run_predict(config, run, tmp_path / "known", videos / f"{IDS[0]}.mp4")
     assert {entry["label"] for entry in results(tmp_path / "known")[IDS[0]]} == {"left"}
+    moved = changed(config, external_classifier__path=str((tmp_path / "scores.json").rename(tmp_path / "moved.json")))
+    run_predict(moved, run, tmp_path / "known", videos / f"{IDS[0]}.mp4")
+    (tmp_path / "moved.json").write_text(json.dumps({**scores, "results": {IDS[0]: [0.8, 0.1]}}))
+    with pytest.raises(CheckpointError, match=r"external_classifier.sha256: '\w+' there, '\w+' now"):
+        run_predict(moved, run, tmp_path / "known", videos / f"{IDS[0]}.mp4")
 
 
 def test_the_command_line_predicts_and_tells_what_is_wrong(tmp_path, trained, config, videos, run_main, evaluated):
@@ -508,3 +554,8 @@ def test_detections_print_and_draw_themselves():
     assert bars == {(1.0, 2.0, 0, 0.9), (2.0, 0.5, 1, 0.5), (4.0, 4.0, 0, 0.1)}
     assert [label.get_text() for label in axes.get_yticklabels()] == ["$a$", "b"]
     assert axes.get_xlim() == (0, 10)
+    (axes,) = found.plot(min_score=0.5).axes
+    assert [bar.get_alpha() for bar in axes.patches] == [0.5, 0.9]
+    assert axes.get_xlim() == (0, 3)
+    faint = dataclasses.replace(found, scores=np.array([0.9, 0.5, 0.08]))  # less than a tenth of the best
+    assert len(faint.plot().axes[0].patches) == 2

@@ -318,7 +318,7 @@ def test_two_runs_at_a_time_are_refused(own, tmp_path, monkeypatch):
     example = builder._example
 
     def meanwhile(job):
-        with pytest.raises(DataError, match="another run is at work"):
+        with pytest.raises(DataError, match="another preparation is at work"):
             prepare(wanted, tmp_path / "out")
         return example(job)
 

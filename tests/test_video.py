@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from re2tal_jax.data import video
-from re2tal_jax.data.video import frame_times, probe, read_frames, seconds_to_frames, source_size
+from re2tal_jax.data.video import OpenVideo, frame_times, probe, read_frames, seconds_to_frames, source_size
 from re2tal_jax.errors import ConfigError, DataError
 from tests.video_files import frame_numbers, numbered_frames, rotate, write_audio, write_video
 
@@ -74,13 +74,49 @@ def test_frames_come_in_the_order_asked_for(numbered, reader):
 
 
 def test_each_different_frame_is_decoded_once(numbered, monkeypatch):
-    asked = []
-    read = video._read_decord
-    monkeypatch.setattr(
-        video, "_read_decord", lambda path, unique, size: asked.append(unique) or read(path, unique, size)
-    )
-    read_frames(numbered, [7, 7, 3, 7, 3], 16, 16)
-    assert [unique.tolist() for unique in asked] == [[3, 7]]
+    asked, read = [], decord.VideoReader.get_batch
+    monkeypatch.setattr(decord.VideoReader, "get_batch", lambda self, these: asked.append(these) or read(self, these))
+    read_frames(numbered, [7, 7, 3, 7, 3], 32, 32, reader="decord")
+    assert [these.tolist() for these in asked] == [[3, 7]]
+    converted, convert = [], video._Converter.__call__
+    monkeypatch.setattr(video._Converter, "__call__", lambda self, frame: converted.append(1) or convert(self, frame))
+    read_frames(numbered, [7, 7, 3, 7, 3], 32, 32, reader="pyav")
+    assert len(converted) == 2
+
+
+def test_frames_far_apart_are_sought_and_others_decoded_on(numbered, monkeypatch):
+    asked, read = [], decord.VideoReader.get_batch
+    monkeypatch.setattr(decord.VideoReader, "get_batch", lambda self, these: asked.append(these) or read(self, these))
+    for frames in ([0, 7], [0, 11, 22], [0, 40], list(range(0, 48, 4))):
+        assert frame_numbers(read_frames(numbered, frames, 32, 32)) == frames
+    assert [these.tolist() for these in asked] == [[0, 40]]
+
+
+@pytest.mark.parametrize("reader", ["decord", "pyav"])
+def test_an_open_video_is_read_on_and_back_and_its_index_once(data_dir, monkeypatch, reader):
+    path, indexed = data_dir / "videos" / "test.mp4", []
+    for owner, name in ((decord, "VideoReader"), (video, "_index")):
+        read = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, read=read, **how: indexed.append(a) or read(*a, **how))
+    with OpenVideo(path) as opened:
+        assert opened.info == probe(path)
+        parts = [
+            opened.frames(range(*part), 64, 64, reader=reader) for part in ((0, 40, 2), (40, 90), (20, 60), (0, 9))
+        ]
+    assert len(indexed) == 1
+    monkeypatch.undo()
+    every = read_frames(path, range(90), 64, 64)
+    for part, frames in zip((every[0:40:2], every[40:90], every[20:60], every[:9]), parts, strict=True):
+        np.testing.assert_array_equal(frames, part)
+
+
+def test_an_open_video_goes_on_with_pyav_from_where_decord_fails(numbered, monkeypatch):
+    opened, reader = [], decord.VideoReader
+    monkeypatch.setattr(decord, "VideoReader", lambda *a, **how: opened.append(a) or reader(*a, **how))
+    with OpenVideo(numbered) as there:
+        assert frame_numbers(there.frames([1, 40], 16, 16)) == [1, 40]  # decord hands over no frames 16 wide
+        assert frame_numbers(there.frames([47, 8], 16, 16)) == [47, 8]
+    assert len(opened) == 1
 
 
 def test_squeeze_shows_all_and_center_keeps_proportions(thirds):

@@ -182,6 +182,12 @@ def _database(path: Path, content: dict[str, Any]) -> Iterator[Entry]:
         subset = _field(where, video, "subset")
         if not isinstance(subset, str):
             raise DataError(f'{where}: "subset" must be text, found {_kind(subset)}.')
+        if "duration" not in video:
+            raise DataError(
+                f'{where}: no "duration"; found {", ".join(map(repr, video)) or "nothing"}. Some published files leave '
+                "it out (thumos_gt.json is one): take one that has durations (docs/data.md), or let the video files "
+                "tell: config.data.name=custom with config.data.videos."
+            )
         duration = _positive(where, video, "duration")
         num_frames = _positive(where, video, "frame") if "frame" in video else None
         rate = _positive(where, video, "fps") if "fps" in video else None
@@ -240,7 +246,9 @@ def _annotation(where: str, annotation: Any) -> tuple[float, float, str]:
     if not isinstance(label, str):
         raise DataError(f'{where}: "label" must be text, found {_kind(label)}.')
     if not isinstance(segment, list) or len(segment) != 2 or not all(map(_is_number, segment)):
-        raise DataError(f'{where}: "segment" must be two numbers [start, end] in seconds, found {segment!r}.')
+        quoted = isinstance(segment, list) and any(isinstance(time, str) for time in segment)
+        hint = " Take the quotes off the numbers." if quoted else ""
+        raise DataError(f'{where}: "segment" must be two numbers [start, end] in seconds, found {segment!r}.{hint}')
     return float(segment[0]), float(segment[1]), label
 
 

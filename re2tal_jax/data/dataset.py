@@ -14,10 +14,10 @@ from typing import Any, Literal
 import numpy as np
 
 from re2tal_jax.data.annotations import Annotations, activitynet_form
-from re2tal_jax.data.feature_files import SUFFIXES as FEATURE_SUFFIXES
 from re2tal_jax.data.features import FeatureConfig, Features, open_features
+from re2tal_jax.data.features.files import SUFFIXES as FEATURE_SUFFIXES
 from re2tal_jax.data.files import find_files
-from re2tal_jax.data.findings import Findings
+from re2tal_jax.data.findings import Findings, counted
 from re2tal_jax.data.video import VideoSource
 from re2tal_jax.errors import ConfigError, DataError, did_you_mean
 from re2tal_jax.types import VideoRecord
@@ -104,7 +104,7 @@ def open_dataset(
         _report_missing(records, paths, videos, SUFFIXES, missing_videos)
         records = _only(records, lambda record: record.video_id in paths, "video_missing", findings)
     if not records:
-        raise DataError(f"{annotations.path}: no video of subset {', '.join(subsets)} is left: {dict(findings)}.")
+        raise DataError(f"{annotations.path}: {_nothing_left(subsets, len(annotated), findings)}")
     return Dataset(
         records=tuple(records),
         classes=AGNOSTIC if class_agnostic else annotations.classes,
@@ -114,6 +114,25 @@ def open_dataset(
             entry for entry in annotations.entries if entry.subset in subsets and entry.video_id not in names
         ),
         features=opened,
+    )
+
+
+_WAYS_OUT = {
+    "video_blocked": "change the list of blocked videos (option blocked)",
+    "video_without_segments": "annotate segments in them",
+    "too_short": "lower min_length_ratio",
+    "video_missing": "put the files where the option videos says, or name another folder",
+    "features_missing": "extract the features (--mode extract), or name another features.folder",
+}
+
+
+def _nothing_left(subsets: tuple[str, ...], count: int, findings: Findings) -> str:
+    """Return in words why a subset has no video, with the way out of each reason."""
+    reasons = Findings({name: findings[name] for name in _WAYS_OUT if findings[name]}, examples=findings.examples)
+    ways = "; ".join(_WAYS_OUT[name] for name in reasons)
+    return (
+        f"no video of subset {', '.join(subsets)} is left of {counted(count, 'video')}. Left out: "
+        f"{'; '.join(reasons.lines())}. To go on: {ways}."
     )
 
 
@@ -133,7 +152,9 @@ def _of_subsets(annotations: Annotations, subsets: tuple[str, ...], unlabelled: 
     segments = Counter(dict.fromkeys(videos, 0))
     for record in annotations.records:
         segments[record.subset] += len(record.labels)
-    there_are = ", ".join(f"{name} ({count} videos, {segments[name]} segments)" for name, count in videos.items())
+    there_are = ", ".join(
+        f"{name} ({counted(count, 'video')}, {counted(segments[name], 'segment')})" for name, count in videos.items()
+    )
     for name in subsets:
         if name not in videos:
             raise DataError(

@@ -15,7 +15,7 @@ from jaxtyping import Int, UInt8
 
 from re2tal_jax.data.features import Features
 from re2tal_jax.data.sampling import Policy
-from re2tal_jax.data.video import Crop, VideoSource, probe, read_frames, source_size
+from re2tal_jax.data.video import Crop, OpenVideo, VideoSource, source_size
 from re2tal_jax.errors import ConfigError, DataError
 from re2tal_jax.types import VideoRecord, Window
 
@@ -102,6 +102,7 @@ class ElementLoader:
     num_rows: int
     steps: int
     cache: "Cache"
+    videos: "ThreadVideos"
     features: Features | None = None
 
     def __call__(self, row: int) -> dict[str, Any]:
@@ -150,10 +151,14 @@ class ElementLoader:
         self, ref: WindowRef, rng: np.random.Generator | None
     ) -> tuple[Window, UInt8[np.ndarray, "F H W 3"], tuple[float, float]]:
         height, width = self.config.frame_shape
-        info = probe(ref.path)
-        window = self.policy.window(ref.record, info.num_frames, ref.index, rng=rng)
-        video = read_frames(ref.path, window.frame_indices, height, width, crop=self.config.crop, info=info)
-        return window, video, source_size(info, height, width, self.config.crop)
+        video = self.videos.open(ref.path)
+        try:
+            window = self.policy.window(ref.record, video.info.num_frames, ref.index, rng=rng)
+            frames = video.frames(window.frame_indices, height, width, crop=self.config.crop)
+            return window, frames, source_size(video.info, height, width, self.config.crop)
+        finally:
+            if self.train:  # the next window is of another video
+                self.videos.close()
 
     def _targets(self, window: Window) -> dict[str, np.ndarray]:
         count = len(window.gt_labels)
@@ -187,6 +192,37 @@ class ElementLoader:
 @lru_cache(maxsize=4)
 def _permutation(seed: int, epoch: int, count: int) -> Int[np.ndarray, " count"]:
     return np.random.default_rng((seed, _ORDER, epoch)).permutation(count)
+
+
+class ThreadVideos(threading.local):
+    """The video that each decoding thread read its last window from, kept open for the next one.
+
+    Windows of an evaluation come video by video, and a long one has many. Pickled, it travels empty.
+    """
+
+    def __init__(self) -> None:
+        self._path: Path | VideoSource | None = None
+        self._video: OpenVideo | None = None
+
+    def open(self, path: Path | VideoSource) -> OpenVideo:
+        """Return the video, opened unless it is the one that is open.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        if self._video is None or path != self._path:
+            self.close()
+            self._path, self._video = path, OpenVideo(path)
+        return self._video
+
+    def close(self) -> None:
+        """Close this thread's video."""
+        if self._video is not None:
+            self._video.close()
+        self._path = self._video = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ThreadVideos, ()
 
 
 class Cache:

@@ -4,6 +4,7 @@ import dataclasses
 import io
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -25,7 +26,11 @@ from re2tal_jax.data.manifest import (
 from re2tal_jax.data.sampling import Policy, SlidingWindow, StridedPolicy, frame_rate
 from re2tal_jax.data.video import probe
 from re2tal_jax.errors import CheckpointError, DataError
+from re2tal_jax.locks import claimed
 from re2tal_jax.types import VideoRecord
+
+LOCK = ".extraction"
+"""In a feature folder while an extraction is at work there."""
 
 
 def join_windows(windows: Sequence[tuple[int, Float[np.ndarray, "n C"]]]) -> Float[np.ndarray, "L C"]:
@@ -100,10 +105,18 @@ class FeatureFolder:
     def __init__(self, folder: Path, policy: Policy, process: int):
         self.folder, self.policy, self.process = folder, policy, process
 
+    def claimed(self) -> AbstractContextManager[None]:
+        """Create the folder, and keep other extractions out of it while the first process is at work.
+
+        Raises:
+            DataError: another one is at work there, or the folder cannot be written.
+        """
+        return nullcontext() if self.process else claimed(self.folder / LOCK, work="extraction", option="--out")
+
     def prepare(
         self, identity: Mapping[str, Any], checkpoint: Mapping[str, Any], channels: int, *, overwrite: bool
     ) -> None:
-        """Create the folder, or check that it holds features of the same identity; called by one process alone.
+        """Begin the folder, or check that it holds features of the same identity; called by one process alone.
 
         Raises:
             CheckpointError: it holds features of another identity, and `overwrite` is not given; the key is named.
@@ -123,7 +136,6 @@ class FeatureFolder:
                 f"{self.folder} holds npy files without a manifest, which no extraction wrote: name another."
             )
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
             remove_notes(self.folder)
             for video_id in known.videos if known is not None else ():
                 self.path(video_id).unlink(missing_ok=True)

@@ -6,6 +6,11 @@ from typing import Any
 _EXAMPLES = 3
 
 
+def counted(number: int, one: str, many: str | None = None) -> str:
+    """Return a number with what it counts, "1 video" or "12,000 videos"; `many` where it is not `one` with an s."""
+    return f"{number:,} {one if number == 1 else many or f'{one}s'}"
+
+
 class Findings(Counter[str]):
     """How often each defect was found, with a few video ids each: what the start-up header tells of the data."""
 

@@ -21,7 +21,7 @@ import numpy as np
 from absl import flags
 
 from re2tal_jax.data.dataset import Dataset
-from re2tal_jax.data.elements import Cache, ElementLoader, LoaderConfig, WindowRef
+from re2tal_jax.data.elements import Cache, ElementLoader, LoaderConfig, ThreadVideos, WindowRef
 from re2tal_jax.data.sampling import Policy, RandomTrunc, SlidingWindow, StridedPolicy, annotated_frames
 from re2tal_jax.data.video import VideoSource, probe
 from re2tal_jax.errors import CheckpointError, ConfigError, DataError
@@ -95,6 +95,7 @@ class Loader:
             num_rows=self._rows,
             steps=self.steps_per_epoch,
             cache=Cache(config.cache_mib),
+            videos=ThreadVideos(),
             features=dataset.features,
         )
 
@@ -169,7 +170,9 @@ class Loader:
         """Return the element without its failures, which are raised, or named once in the log and counted."""
         for video_id, reason in element.pop("failures"):
             if self._elements.config.on_error == "error":
-                raise DataError(f"Video {video_id!r}: {reason} To go on without it set on_error to 'skip'.")
+                split = "train" if self._elements.train else "eval"
+                way_out = f"To go on without it add --config.{split}.loader.on_error=skip."
+                raise DataError(f"Video {video_id!r}: {reason} {way_out}")
             _note_skipped(self.skipped, video_id, reason)
         return element
 

@@ -23,6 +23,7 @@ from re2tal_jax.data.dataset import Dataset, open_dataset
 from re2tal_jax.data.features import FeatureConfig
 from re2tal_jax.data.scenes import CLASSES, Scene, draw_scene, render
 from re2tal_jax.errors import ConfigError, DataError
+from re2tal_jax.progress import WorkProgress
 
 logger = logging.getLogger(__name__)
 
@@ -142,14 +143,16 @@ def _render_all(missing: list[tuple[Path, tuple[int, int, int]]], processes: int
         return
     processes = min(processes or os.cpu_count() or 1, -(-len(missing) // _FEW))
     logger.info("rendering %d videos to %s, %d at a time", len(missing), missing[0][0].parent, processes)
-    if processes == 1:
-        for path, key in missing:
-            render_video(path, key)
-        return
-    # Spawned, not forked: the parent may hold JAX's threads.
-    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for _ in pool.map(render_video, *zip(*missing, strict=True), chunksize=4):
-            pass
+    with WorkProgress(len(missing), "render", "video") as progress:
+        if processes == 1:
+            for path, key in missing:
+                render_video(path, key)
+                progress.advance()
+            return
+        # Spawned, not forked: the parent may hold JAX's threads.
+        with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+            for _ in pool.map(render_video, *zip(*missing, strict=True), chunksize=4):
+                progress.advance()
 
 
 def _encode(scene: Scene, rng: np.random.Generator) -> bytes:

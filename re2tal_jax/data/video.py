@@ -1,8 +1,9 @@
 """Video files, or what stands for one, to uint8 frames: decord reads, PyAV takes over where decord fails.
 
 Frames are resized while they are decoded, both readers by the same bilinear filter, so that their pixels are equal.
-Every call opens the file anew in the calling process: a decord reader that is shared between threads or inherited by
-a forked process ends the process. What cannot be read is a `DataError` that names the file; callers add the video id.
+A function opens the file for its call; an `OpenVideo` keeps it open, for one thread of the process that opened it: a
+decord reader that is shared between threads or inherited by a forked process ends the process. What cannot be read is a
+`DataError` that names the file; callers add the video id.
 """
 
 import io
@@ -10,10 +11,10 @@ import itertools
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import av
 import av.filter
@@ -33,6 +34,9 @@ Reader = Literal["auto", "decord", "pyav"]
 
 TAIL_FRAMES = 16
 """Containers may count some frames more than can be decoded: so many at the end are replaced by the last good one."""
+
+SPARSE = 8
+"""Frames that are, on average, this far apart or farther are sought one by one, others decoded with what is between."""
 
 TRANSPOSE = {0: (), 90: ("2",), -90: ("1",), 180: ("1", "1"), -180: ("1", "1")}
 """Display rotation in degrees, counter-clockwise, to arguments of ffmpeg's transpose filter."""
@@ -110,7 +114,7 @@ def probe(path: Video) -> VideoInfo:
         if abs(_rotation(container, stream)) == 90:
             height, width = width, height
     if not num_frames:
-        num_frames = len(_timestamps(path)[0])
+        num_frames = len(_index(path).pts)
     if not num_frames or not height or not width:
         raise DataError(f"{path}: the video stream holds no frames. Download or encode the file again.")
     if rate is None:
@@ -134,38 +138,123 @@ def read_frames(
     reader: Reader = "auto",
     info: VideoInfo | None = None,
 ) -> UInt8[np.ndarray, "F H W 3"]:
-    """Return the frames of these numbers (from 0, in any order, repeats allowed) as RGB of one size.
+    """Return frames of a video that is opened for this call; see `OpenVideo`, whose arguments and errors they are."""
+    with OpenVideo(path, info=info) as video:
+        return video.frames(frame_indices, height, width, crop=crop, reader=reader)
 
-    Each different frame is decoded once. `squeeze` scales to (height, width) whatever the source's proportions;
-    `center` keeps them: the source is scaled until it just covers (height, width), and the centre is cut out.
 
-    A file that is truncated or damaged in the middle gives the frames before the fault (through PyAV); asking for
-    later ones is an error, except that up to `TAIL_FRAMES` at a video's end repeat the last frame that can be decoded.
+class OpenVideo:
+    """A video that one thread reads from again and again; a context that closes it.
 
-    Args:
-        reader: `auto` is decord with PyAV where decord fails; the other two are for tests and benchmarks.
-        info: what `probe` returned for this file, to spare probing it again.
+    The file is opened, and its index read, at the first frames and no more: of the windows of a long video each then
+    costs what its own frames cost, and one that begins where the last one ended is decoded on from there.
 
-    Raises:
-        DataError: as `probe`; a frame number outside the video; frames that cannot be decoded.
+    Attributes:
+        info: what `probe` tells.
     """
-    if crop not in ("squeeze", "center"):
-        raise ConfigError(f"crop = {crop!r} is not allowed. Allowed: 'squeeze', 'center'.")
-    info = info or probe(path)
-    indices = np.asarray(frame_indices, np.int64)
-    if indices.ndim != 1 or not indices.size or indices.min() < 0 or indices.max() >= info.num_frames:
-        span = f"{indices.min()}..{indices.max()}" if indices.size else "none"
-        raise DataError(
-            f"{path}: asked for frames {span}, but the video has {info.num_frames} (0..{info.num_frames - 1}). "
-            "Sample with the frame count of the file (video.probe), not of the annotation."
-        )
-    unique, inverse = np.unique(indices, return_inverse=True)
-    size = (height, width) if crop == "squeeze" else _covering_size(info, height, width)
-    frames = _read(_fetched(path), unique, size, info.num_frames, reader)
-    top, left = (size[0] - height) // 2, (size[1] - width) // 2
-    frames = frames[:, top : top + height, left : left + width]
-    in_order = len(unique) == len(indices) and np.array_equal(unique, indices)
-    return np.ascontiguousarray(frames) if in_order else frames[inverse]
+
+    def __init__(self, path: Video, *, info: VideoInfo | None = None):
+        """Probe the video, unless `info` is given, which `probe` returned for it.
+
+        Raises:
+            DataError: as `probe`.
+        """
+        known = path.info() if isinstance(path, VideoSource) else None
+        self._video = _fetched(path)
+        self.info = info or known or probe(self._video)
+        self._opened = ExitStack()
+        self._decord: tuple[tuple[int, int], decord.VideoReader] | None = None
+        self._in_order: _InOrder | None = None
+        self._decord_fails = False
+
+    def __enter__(self) -> "OpenVideo":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; the next frames would open it again."""
+        self._close_decord()
+        if self._in_order is not None:
+            self._in_order.close()
+
+    def frames(
+        self,
+        frame_indices: Sequence[int] | Int[np.ndarray, " F"],
+        height: int,
+        width: int,
+        *,
+        crop: Crop = "squeeze",
+        reader: Reader = "auto",
+    ) -> UInt8[np.ndarray, "F H W 3"]:
+        """Return the frames of these numbers (from 0, in any order, repeats allowed) as RGB of one size.
+
+        Each different frame is decoded once. `squeeze` scales to (height, width) whatever the source's proportions;
+        `center` keeps them: the source is scaled until it just covers (height, width), and the centre is cut out.
+
+        A file that is truncated or damaged in the middle gives the frames before the fault (through PyAV); asking for
+        later ones is an error, except that up to `TAIL_FRAMES` at a video's end repeat the last frame that can be
+        decoded.
+
+        Args:
+            frame_indices, height, width, crop: see above.
+            reader: `auto` is decord, which seeks quickly, for frames far apart, and PyAV, which decodes on, for those
+                close together and where decord fails; the other two are for tests and benchmarks.
+
+        Raises:
+            DataError: a frame number outside the video; frames that cannot be decoded.
+        """
+        if crop not in ("squeeze", "center"):
+            raise ConfigError(f"crop = {crop!r} is not allowed. Allowed: 'squeeze', 'center'.")
+        count, indices = self.info.num_frames, np.asarray(frame_indices, np.int64)
+        if indices.ndim != 1 or not indices.size or indices.min() < 0 or indices.max() >= count:
+            span = f"{indices.min()}..{indices.max()}" if indices.size else "none"
+            raise DataError(
+                f"{self._video}: asked for frames {span}, but the video has {count} (0..{count - 1}). "
+                "Sample with the frame count of the file (video.probe), not of the annotation."
+            )
+        unique, inverse = np.unique(indices, return_inverse=True)
+        size = (height, width) if crop == "squeeze" else _covering_size(self.info, height, width)
+        frames = self._read(unique, size, reader)
+        top, left = (size[0] - height) // 2, (size[1] - width) // 2
+        frames = frames[:, top : top + height, left : left + width]
+        in_order = len(unique) == len(indices) and np.array_equal(unique, indices)
+        return np.ascontiguousarray(frames) if in_order else frames[inverse]
+
+    def _close_decord(self) -> None:
+        self._decord = None
+        self._opened.close()
+
+    def _read(self, unique: Int[np.ndarray, " F"], size: tuple[int, int], reader: Reader) -> np.ndarray:
+        sparse = unique[-1] - unique[0] >= SPARSE * len(unique)
+        if reader == "decord" or (reader == "auto" and sparse and not self._decord_fails):
+            try:
+                return self._read_decord(unique, size)
+            except (
+                decord.DECORDError,
+                RuntimeError,
+                IndexError,
+                UnicodeEncodeError,  # a path that is no UTF-8
+            ):  # also raised for frames that are 8, 12, 16, 24, 48 or 72 wide
+                self._close_decord()
+                if reader == "decord":
+                    raise
+                self._decord_fails = True
+        if self._in_order is None:
+            self._in_order = _InOrder(self._video, self.info.num_frames)
+        return self._in_order.frames(unique, size)
+
+    def _read_decord(self, unique: Int[np.ndarray, " F"], size: tuple[int, int]) -> np.ndarray:
+        if self._decord is None or self._decord[0] != size:
+            self._close_decord()
+            name = self._opened.enter_context(_named(self._video))
+            # One thread: more did not help, loading is parallel over processes.
+            self._decord = size, decord.VideoReader(name, height=size[0], width=size[1], num_threads=1)
+        video = self._decord[1]
+        if unique[-1] >= len(video):
+            raise IndexError(f"decord counts {len(video)} frames in {self._video}")
+        return video.get_batch(unique).asnumpy()
 
 
 def source_size(info: VideoInfo, height: int, width: int, crop: Crop) -> tuple[float, float]:
@@ -182,10 +271,10 @@ def frame_times(path: Video) -> Float[np.ndarray, " F"]:
     Raises:
         DataError: as `probe`, or a format that stores no timestamps.
     """
-    pts, time_base, start_sec = _timestamps(path)
-    if not len(pts):
+    index = _index(path)
+    if not len(index.pts):
         raise DataError(f"{path}: the file stores no timestamps. Encode it again as mp4.")
-    return pts * time_base - start_sec
+    return index.pts * index.time_base - index.start_sec
 
 
 def seconds_to_frames(seconds: Float[np.ndarray, "*N"], times_sec: Float[np.ndarray, " F"]) -> Int[np.ndarray, "*N"]:
@@ -193,35 +282,9 @@ def seconds_to_frames(seconds: Float[np.ndarray, "*N"], times_sec: Float[np.ndar
     return np.clip(np.searchsorted(times_sec, seconds, side="right") - 1, 0, len(times_sec) - 1)
 
 
-def _read(
-    path: Video, unique: Int[np.ndarray, " F"], size: tuple[int, int], num_frames: int, reader: Reader
-) -> UInt8[np.ndarray, "F H W 3"]:
-    if reader != "pyav":
-        try:
-            return _read_decord(path, unique, size)
-        except (
-            decord.DECORDError,
-            RuntimeError,
-            IndexError,
-            UnicodeEncodeError,  # a path that is no UTF-8
-        ):  # also raised for frames that are 8, 12, 16, 24, 48 or 72 wide
-            if reader == "decord":
-                raise
-    return _read_pyav(path, unique, size, num_frames)
-
-
-def _read_decord(path: Video, unique: Int[np.ndarray, " F"], size: tuple[int, int]) -> np.ndarray:
-    # One thread: more did not help, loading is parallel over processes.
-    with _named(path) as name:
-        video = decord.VideoReader(name, height=size[0], width=size[1], num_threads=1)
-        if unique[-1] >= len(video):
-            raise IndexError(f"decord counts {len(video)} frames in {path}")
-        return video.get_batch(unique).asnumpy()
-
-
 @contextmanager
-def _named(path: Video) -> Iterator[str]:
-    """Yield the name of a video's file, for bytes of one that is in memory alone and gone afterwards.
+def _named(path: str | Path | VideoBytes) -> Iterator[str]:
+    """Yield the name of a video's file; for bytes, of one in memory that is gone afterwards.
 
     decord takes bytes, too, but holds them in a reference cycle: gigabytes, until garbage happens to be collected.
     """
@@ -236,37 +299,74 @@ def _named(path: Video) -> Iterator[str]:
         yield f"/proc/self/fd/{file.fileno()}"
 
 
-def _read_pyav(
-    path: Video, unique: Int[np.ndarray, " F"], size: tuple[int, int], num_frames: int
-) -> UInt8[np.ndarray, "F H W 3"]:
-    wanted, found = set(unique.tolist()), {}
-    last, frame, convert = -1, None, None
-    with open_video(path) as container:
-        stream = container.streams.video[0]
-        for last, frame in _decode_from(path, container, stream, int(unique[0])):
-            if last in wanted and last not in found:
+class _InOrder:
+    """Frames of a video by PyAV in their order, on from where the last ones ended where that is the shorter way."""
+
+    def __init__(self, path: Video, num_frames: int):
+        self._path, self._num_frames = path, num_frames
+        self._index = _index(path)
+        self._container: InputContainer | None = None
+        self._decoding: Iterator[tuple[int, av.VideoFrame]] = iter(())
+        self._last = -1
+
+    def close(self) -> None:
+        """Close the file; the next frames open it again."""
+        self._decoding, self._last = iter(()), -1
+        if self._container is not None:
+            self._container.close()
+        self._container = None
+
+    def __del__(self) -> None:
+        self.close()  # a thread that ends drops its video; PyAV's reference cycles would keep the file open
+
+    def frames(self, unique: Int[np.ndarray, " F"], size: tuple[int, int]) -> UInt8[np.ndarray, "F H W 3"]:
+        """Return the frames of these numbers, which ascend, scaled to (height, width).
+
+        Raises:
+            DataError: some cannot be decoded, and are not the last few of the video.
+        """
+        first, wanted, found = int(unique[0]), set(unique.tolist()), {}
+        goes_on = self._container is not None and self._index.key_frame(first) - 1 <= self._last < first
+        stream = self._stream(None if goes_on else first)
+        frame, convert = None, None
+        for number, frame in self._decoding:
+            self._last = number
+            if number in wanted and number not in found:
                 convert = convert or _Converter(stream, frame, size)
-                found[last] = convert(frame)
-            if last >= unique[-1]:
+                found[number] = convert(frame)
+            if number >= unique[-1]:
                 break
-        missing = sorted(wanted - found.keys())
-        if missing and (frame is None or missing[0] < last or num_frames - 1 - last > TAIL_FRAMES):
+        missing, last = sorted(wanted - found.keys()), self._last
+        if missing and goes_on:
+            self.close()
+            return self.frames(unique, size)  # from a key frame on
+        if missing and (frame is None or missing[0] < last or self._num_frames - 1 - last > TAIL_FRAMES):
             raise DataError(
-                f"{path}: frames {missing[0]}..{missing[-1]} cannot be decoded, the last good one is {last}: the file "
-                "is truncated or damaged. Download or encode it again, or leave it out."
+                f"{self._path}: frames {missing[0]}..{missing[-1]} cannot be decoded, the last good one is {last}: the "
+                "file is truncated or damaged. Download or encode it again, or leave it out."
             )
         if missing and frame is not None and last not in found:
             found[last] = (convert or _Converter(stream, frame, size))(frame)
-    return np.stack([found[min(n, last)] for n in unique.tolist()])
+        return np.stack([found[min(n, last)] for n in unique.tolist()])
+
+    def _stream(self, first: int | None) -> VideoStream:
+        """Return the stream that is being decoded, from a key frame at or before frame `first` on if one is given."""
+        if first is not None or self._container is None:
+            self.close()
+            self._container = open_video(self._path)
+        stream = self._container.streams.video[0]
+        if first is not None:
+            stream.codec_context.thread_count = 1  # loading is parallel over windows
+            if first and first < len(self._index.pts):
+                self._container.seek(int(self._index.pts[first]), stream=stream, backward=True)
+            self._decoding = _numbered(self._container, stream, self._index.pts)
+        return stream
 
 
-def _decode_from(
-    path: Video, container: InputContainer, stream: VideoStream, first: int
+def _numbered(
+    container: InputContainer, stream: VideoStream, pts: Int[np.ndarray, " F"]
 ) -> Iterator[tuple[int, av.VideoFrame]]:
-    """Yield (number, frame) from a key frame at or before frame `first` until the end or the first fault."""
-    pts, _, _ = _timestamps(path)
-    if first and first < len(pts):
-        container.seek(int(pts[first]), stream=stream, backward=True)
+    """Yield (number, frame) until the end or the first fault."""
     count = -1
     try:
         for frame in container.decode(stream):
@@ -343,19 +443,37 @@ def _duration(container: InputContainer, stream: VideoStream) -> float | None:
     return container.duration / av.time_base if container.duration else None
 
 
-def _timestamps(path: Video) -> tuple[Int[np.ndarray, " F"], float, float]:
-    """Return presentation timestamps in order, seconds per tick, and the container's start; decodes nothing."""
-    pts = []
+class _Index(NamedTuple):
+    """When frames are shown: ticks in ascending order, numbers of key frames, seconds per tick, the file's start."""
+
+    pts: Int[np.ndarray, " F"]
+    key_frames: Int[np.ndarray, " K"]
+    time_base: float
+    start_sec: float
+
+    def key_frame(self, number: int) -> int:
+        """Return the last key frame at or before a frame, 0 where none is known."""
+        place = int(np.searchsorted(self.key_frames, number, side="right"))
+        return int(self.key_frames[place - 1]) if place else 0
+
+
+def _index(path: Video) -> _Index:
+    """Read the index of a video from its packets; decodes nothing."""
+    pts, key_pts = [], []
     with open_video(path) as container:
         stream = container.streams.video[0]
         try:
             for packet in container.demux(stream):
                 if packet.pts is not None and packet.size and not packet.is_discard:
                     pts.append(packet.pts)
+                    if packet.is_keyframe:
+                        key_pts.append(packet.pts)
         except FFmpegError:
             pass  # a truncated file: what lies before the fault counts
         start_sec = (container.start_time or 0) / av.time_base
-        return np.sort(np.asarray(pts, np.int64)), float(stream.time_base or 1), start_sec
+        ticks = np.sort(np.asarray(pts, np.int64))
+        keys = np.searchsorted(ticks, np.sort(np.asarray(key_pts, np.int64)))
+        return _Index(ticks, keys, float(stream.time_base or 1), start_sec)
 
 
 def _covering_size(info: VideoInfo, height: int, width: int) -> tuple[int, int]:

@@ -1,6 +1,5 @@
 """Video files that nobody annotated, as a data set to predict on: what was named is found, named apart, and probed."""
 
-import difflib
 import glob
 import os
 from collections import Counter, defaultdict
@@ -15,7 +14,7 @@ from re2tal_jax.data.dataset import Dataset
 from re2tal_jax.data.findings import Findings
 from re2tal_jax.data.video import VideoInfo, probe
 from re2tal_jax.data.video_folder import VIDEO_SUFFIXES, VideoFolder, printable
-from re2tal_jax.errors import DataError
+from re2tal_jax.errors import DataError, similar_file
 from re2tal_jax.progress import WorkProgress
 from re2tal_jax.types import VideoRecord
 
@@ -72,7 +71,7 @@ def open_video_files(
                 records.append(_record(video_id, info))
                 continue
             if on_error == "error":
-                hint = "" if len(files) == 1 else " To go on without it set on_error to 'skip'."
+                hint = "" if len(files) == 1 else " To go on without it add --config.eval.loader.on_error=skip."
                 raise DataError(f"Video {video_id!r}: {info}{hint}")
             damaged[video_id] = str(info)
     dataset = Dataset(
@@ -96,10 +95,7 @@ def _files(name: str) -> list[Path]:
         found = [file for match in matches for file in (_below(match) if match.is_dir() else [match])]
         found = [file for file in found if file.suffix.lower() in VIDEO_SUFFIXES]
     else:
-        siblings = [entry.name for entry in os.scandir(path.parent)] if path.parent.is_dir() else []
-        close = difflib.get_close_matches(path.name, siblings, n=1)
-        hint = f" Did you mean {str(path.parent / close[0])!r}?" if close else ""
-        raise DataError(f"--videos {name!r}: there is no such file or folder.{hint}")
+        raise DataError(f"--videos {name!r}: there is no such file or folder.{similar_file(path)}")
     if not found:
         raise DataError(f"--videos {name!r}: no video is there. Looked for {', '.join(VIDEO_SUFFIXES)}.")
     return found

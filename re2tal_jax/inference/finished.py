@@ -10,7 +10,6 @@ then one for every finished video:
 Entries are ActivityNet's, numbers as they were computed, to the last bit. Of two lines of a video the later one counts.
 """
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from re2tal_jax.activitynet_format import read_activitynet, to_activitynet
 from re2tal_jax.errors import CheckpointError, DataError
+from re2tal_jax.locks import claim
 from re2tal_jax.types import Detections
 
 NAME = "finished.jsonl"
@@ -62,10 +62,6 @@ class FinishedVideos:
                 self._file = self._claim(identity, overwrite)
             elif self.path.exists() and not overwrite:
                 self._read(identity)
-        except BlockingIOError as error:
-            raise DataError(
-                f"{self.path.parent}: another prediction is at work there. Wait for it, or choose another --out."
-            ) from error
         except OSError as error:
             raise DataError(
                 f"{self.path} cannot be used: {error.strerror}. Choose another folder with --out."
@@ -75,9 +71,8 @@ class FinishedVideos:
 
     def _claim(self, identity: Mapping[str, Any], overwrite: bool) -> BinaryIO:
         """Return the file, ours until it is closed, at the end of its last whole line."""
-        file = self.path.open("a+b")
+        file = claim(self.path, work="prediction", option="--out")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             end = 0 if overwrite else self._read(identity)
             file.truncate(end)  # a line that a kill cut short
             file.seek(end)

@@ -86,7 +86,8 @@ def extract(
 
     Raises:
         ConfigError: settings that cannot run, or that read features themselves.
-        DataError: annotations or videos that cannot be used, or a folder that cannot be written.
+        DataError: annotations or videos that cannot be used; a folder that cannot be written, or in which another
+            extraction is at work.
         CheckpointError: a checkpoint of another backbone; or the folder holds features of another one.
     """
     del config
@@ -106,23 +107,25 @@ def extract(
     dataset = open_split(settings, replace(settings.eval, subset=tuple(subsets)), train=False)
     policy = covering(make_policy(settings, settings.eval, path="config.eval"))
     folder = FeatureFolder(Path(out) if out else workdir / FOLDER, policy, jax.process_index())
-    if jax.process_index() == 0:
-        identity = features_identity(settings, policy, backbone.about["sha256"], dtype)
-        channels = jax.eval_shape(lambda: make_detector(settings)().backbone).out_channels
-        folder.prepare(identity, backbone.about, channels, overwrite=overwrite)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("feature folder")
-    workdir = prepare_workdir(workdir)
-    mine = unfinished(dataset.records, folder.finished(), jax.process_index(), jax.process_count())
-    log.info("features of %d videos, %d still to do, to %s", len(dataset.records), len(mine), folder.folder)
-    skipped: dict[str, str] = {}
-    try:
-        with compile_cache(workdir):
-            stopped = bool(mine) and _extract(
-                settings, blueprint, mesh, backbone, replace(dataset, records=tuple(mine)), folder, rows, dtype, skipped
-            )
-    finally:
-        folder.gather(skipped, alone=jax.process_count() == 1)
+    with folder.claimed():
+        if jax.process_index() == 0:
+            identity = features_identity(settings, policy, backbone.about["sha256"], dtype)
+            channels = jax.eval_shape(lambda: make_detector(settings)().backbone).out_channels
+            folder.prepare(identity, backbone.about, channels, overwrite=overwrite)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("feature folder")
+        workdir = prepare_workdir(workdir)
+        mine = unfinished(dataset.records, folder.finished(), jax.process_index(), jax.process_count())
+        log.info("features of %d videos, %d still to do, to %s", len(dataset.records), len(mine), folder.folder)
+        skipped: dict[str, str] = {}
+        try:
+            with compile_cache(workdir):
+                todo = replace(dataset, records=tuple(mine))
+                stopped = bool(mine) and _extract(
+                    settings, blueprint, mesh, backbone, todo, folder, rows, dtype, skipped
+                )
+        finally:
+            folder.gather(skipped, alone=jax.process_count() == 1)
     if stopped:
         log.warning("stopped; run the same command again to go on.")
         raise KeyboardInterrupt  # so that what follows in a script does not take these for all

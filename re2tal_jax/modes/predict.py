@@ -25,7 +25,7 @@ from re2tal_jax.activitynet_format import to_activitynet, write_activitynet
 from re2tal_jax.data import DATASETS
 from re2tal_jax.data.dataset import Dataset
 from re2tal_jax.data.video_files import find_video_files, open_video_files
-from re2tal_jax.errors import ConfigError, DataError
+from re2tal_jax.errors import CheckpointError, ConfigError, DataError
 from re2tal_jax.evaluation import DetectionMap, detection_map
 from re2tal_jax.experiment import open_split
 from re2tal_jax.external_classifier import ExternalClassifier
@@ -39,11 +39,11 @@ from re2tal_jax.training.compile_cache import compile_cache
 from re2tal_jax.training.metrics import MIB, peak_memory
 from re2tal_jax.training.sharding import initialise_distributed, open_mesh
 from re2tal_jax.types import Detections
+from re2tal_jax.weights import holds_weights
 
 log = logging.getLogger(__name__)
 
 FOLDER, PREDICTIONS, TABLE, PAGE = "predict", "predictions.json", "predictions.csv", "report.html"
-_NAMED = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +105,8 @@ def predict(
     initialise_distributed(settings.distributed)
     mesh = open_mesh(settings.mesh)
     directory = workdir if checkpoint is None else Path(checkpoint)
+    if checkpoint is None:
+        _check_trained(workdir)
     step = best_or_latest(directory)
     given = None if classes is None else Path(classes)
     task = open_subset(settings, directory, given) if videos is None else open_files(settings, directory, given, videos)
@@ -124,7 +126,7 @@ def predict(
         with compile_cache(workdir if checkpoint is None else folder):
             done, damaged = _predict(model, task, [i for i in task.files if i not in before], finished, settings)
         if damaged:
-            shown = "".join(f"\n  {video_id!r}: {reason}" for video_id, reason in list(damaged.items())[:_NAMED])
+            shown = "".join(f"\n  {video_id!r}: {reason}" for video_id, reason in damaged.items())
             log.warning("%d of %d videos could not be read, or not wholly:%s", len(damaged), len(task.files), shown)
         if not before and not done:
             raise DataError(f"None of {len(task.files)} videos can be read; the first: {next(iter(damaged.values()))}")
@@ -318,6 +320,16 @@ def _write_text(path: Path, text: str) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _check_trained(workdir: Path) -> None:
+    """Raise CheckpointError for a folder in which nothing was trained yet; damage is told by those who read it."""
+    saved = workdir if workdir.name == "checkpoints" else workdir / "checkpoints"
+    if not holds_weights(workdir) and not any(path.name.isdigit() for path in saved.glob("*")):
+        raise CheckpointError(
+            f"{workdir} holds no trained detector. Train one first (the same config and --workdir with --mode train), "
+            "or name a run's folder, or converted parameters, with --checkpoint DIR."
+        )
 
 
 def _prepare(folder: Path) -> Path:

@@ -14,7 +14,6 @@ code 1.
 """
 
 import contextlib
-import fcntl
 import importlib.util
 import inspect
 import io
@@ -34,10 +33,12 @@ from re2tal_jax.command import Parser, read_config, split_overrides
 from re2tal_jax.config import build
 from re2tal_jax.data import DATASETS
 from re2tal_jax.data.dataset import Dataset
+from re2tal_jax.data.findings import counted
 from re2tal_jax.data.tfds_builders.contents import NAME, VERSION, Job, make_metadata, plan_jobs
 from re2tal_jax.data.video import VideoInfo, probe
 from re2tal_jax.data.video_folder import printable
 from re2tal_jax.errors import ConfigError, DataError, Re2TalError
+from re2tal_jax.locks import claim
 from re2tal_jax.progress import WorkProgress
 
 logger = logging.getLogger(__name__)
@@ -226,20 +227,15 @@ def _claimed(folder: Path, mine: str) -> Iterator[Path]:
     It is emptied if it was claimed for another content: its shards hold other videos.
     """
     unfinished = folder / UNFINISHED
-    unfinished.mkdir(parents=True, exist_ok=True)
-    with open(unfinished / _CLAIM, "a+", encoding="utf-8") as claim:
-        try:
-            fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise DataError(f"{folder}: another run is at work here; wait for it, or name another --out.") from error
-        claim.seek(0)
-        if claim.read() != mine:
+    with claim(unfinished / _CLAIM, work="preparation", option="--out") as file:
+        file.seek(0)
+        if file.read() != mine.encode():
             for path in unfinished.iterdir():
                 if path.name != _CLAIM:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
-            claim.truncate(0)
-            claim.write(mine)
-            claim.flush()
+            file.truncate(0)
+            file.write(mine.encode())
+            file.flush()
         for left in folder.glob("incomplete.*"):  # of a run that was killed
             shutil.rmtree(left)
         yield unfinished
@@ -331,7 +327,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def describe(result: Result, out: str) -> str:
     """Return the result in words, with the section of a config that reads it."""
     lines = [
-        f"{result.videos} videos, {result.size / _MIB:.0f} MiB, in {out}"
+        f"{counted(result.videos, 'video')}, {result.size / _MIB:.0f} MiB, in {out}"
         f"{'' if result.written else ' (written before)'}; {len(result.failures)} cannot be read",
         *(f"  {name!r}: {reason}" for name, reason in result.failures.items()),
     ]

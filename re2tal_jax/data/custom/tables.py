@@ -169,7 +169,13 @@ def _seconds(where: str, text: str, decimal_comma: bool) -> float:
     text = text.replace(",", ".") if decimal_comma else text
     clock = _CLOCK.fullmatch(text)
     if clock:
-        return int(clock[1] or 0) * 3600 + int(clock[2]) * 60 + float(clock[3])
+        hours, minutes, seconds = clock[1], int(clock[2]), float(clock[3])
+        if seconds >= 60 or (hours and minutes >= 60):
+            what = "seconds" if seconds >= 60 else "minutes"
+            raise DataError(
+                f"{where} = {text!r}: {what} end at 59 in h:mm:ss. Correct it, or write seconds alone (83.5)."
+            )
+        return int(hours or 0) * 3600 + minutes * 60 + seconds
     try:
         return float(text)
     except ValueError:

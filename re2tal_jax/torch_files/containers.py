@@ -15,10 +15,10 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from checkpoints_convert.pickle_names import BadValue
-from checkpoints_convert.torch_tensors import DTYPES, KNOWN, Storage, Tensor, storage_id
-from checkpoints_convert.unpickle import RunsCodeError, Unpickled, unpickle
 from re2tal_jax.errors import CheckpointError
+from re2tal_jax.torch_files.pickle_names import BadValue
+from re2tal_jax.torch_files.tensors import DTYPES, KNOWN, Storage, Tensor, storage_id
+from re2tal_jax.torch_files.unpickle import RunsCodeError, Unpickled, unpickle
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001

@@ -1,13 +1,14 @@
 """One video encoded again so that it is quick to read: short side, constant frame rate, key frames close together.
 
 H.264, yuv420p, mp4, without sound, turned as it is displayed, pixels square, never enlarged. The picture at each time
-stays within half a frame of what a player shows, from the start of the file on, so annotations in seconds hold.
+stays within half a frame of what a player shows, from the start of the file on, so annotations in seconds hold; unless
+the file's timestamps jump, which is told.
 """
 
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 
@@ -26,6 +27,21 @@ CRF = 23
 
 LOST_SEC = 1.0
 """A video whose frames end so long before its header says so is truncated."""
+
+
+BACK_SEC, LEAP_SEC = 1.0, 10.0
+"""Timestamps jump if they run back by more than the one, or leave out more than the other of what frames last."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Jump:
+    """Where the frames after it came to lie `by_sec` earlier (later, if negative) than their timestamps say."""
+
+    at_sec: float
+    by_sec: float
+
+    def __str__(self) -> str:
+        return f"at {self.at_sec:.2f} s by {self.by_sec:+.2f} s"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +66,14 @@ class Encoding:
         return Fraction(self.fps).limit_denominator(1001)
 
 
-def encode_video(source: Path, target: Path, encoding: Encoding) -> int:
-    """Encode a video to `target`, an mp4 file, and return how many frames it has; one thread.
+def encode_video(source: Path, target: Path, encoding: Encoding) -> tuple[int, list[Jump]]:
+    """Encode a video to `target`, an mp4 file; one thread.
+
+    Where timestamps run backwards or leap (files joined end to end, a clock that was set), frames go on in their order,
+    each as long as it says, and later timestamps count from there.
+
+    Returns:
+        how many frames it has, and the jumps of its source's timestamps.
 
     Raises:
         DataError: the source cannot be read, not to its end, or holds no frame.
@@ -61,37 +83,86 @@ def encode_video(source: Path, target: Path, encoding: Encoding) -> int:
         stream.thread_count = 1
         squareness = float(stream.sample_aspect_ratio or 1)
         with av.open(str(target), "w", format="mp4", options={"movflags": "faststart"}) as output:
-            return _Encoder(output, encoding, squareness).run(_timed_frames(source, container, stream))
+            clock = _Clock(start_sec=(container.start_time or 0) / av.time_base)
+            count = _Encoder(output, encoding, squareness).run(_timed_frames(source, container, stream, clock))
+            return count, clock.jumps
+
+
+@dataclass
+class _Clock:
+    """When frames come on the screen, by their timestamps as far as these can be.
+
+    start_sec: of the file.
+    now, step, interval: when the last frame came, how long it lasts, and how long the one before was shown.
+    shift: what is added to timestamps because of jumps before.
+    told_end: the latest end of a frame by its timestamp alone.
+    """
+
+    start_sec: float
+    now: float = -math.inf
+    step: float = 0.0
+    interval: float = 0.0
+    shift: float = 0.0
+    told_end: float = 0.0
+    jumps: list[Jump] = field(default_factory=list)
+
+    @property
+    def end(self) -> float:
+        """When the last frame goes."""
+        return max(self.now, 0.0) + self.step
+
+    def tick(self, timestamp: float | None, lasts: float) -> float:
+        """Take the next frame and return when it comes."""
+        told = None if timestamp is None else timestamp - self.start_sec
+        if self.now == -math.inf:
+            self.now = told or 0.0
+        else:
+            stamp = self.end if told is None else self._mended(told)
+            # equal or slightly earlier timestamps: keep the order of the frames
+            after = stamp if stamp > self.now else self.now + self.step / 1000
+            self.now, self.interval = after, after - self.now
+        self.step = lasts
+        self.told_end = max(self.told_end, (self.now if told is None else told) + lasts)
+        return max(self.now, 0.0)
+
+    def _mended(self, told: float) -> float:
+        if self.shift and abs(told - self.end) <= BACK_SEC:
+            self.shift = 0.0  # what jumped was a stretch in the middle, and is over
+        stamp = told + self.shift
+        if self.now - stamp > BACK_SEC or stamp - self.end > LEAP_SEC:
+            self.jumps.append(Jump(at_sec=self.end, by_sec=stamp - self.end))
+            after = max(self.end, self.now + self.interval)  # some formats say that a frame lasts no time
+            self.shift += after - stamp
+            return after
+        return stamp
 
 
 def _timed_frames(
-    source: Path, container: InputContainer, stream: VideoStream
+    source: Path, container: InputContainer, stream: VideoStream, clock: _Clock
 ) -> Iterator[tuple[float, av.VideoFrame]]:
     """Yield frames with the second at which each comes on the screen; the last again with the second at which it goes.
 
     Raises:
         DataError: the stream breaks off or holds no frame.
     """
-    start = (container.start_time or 0) / av.time_base
     rate = float(stream.average_rate or stream.guessed_rate or 25)
     expected = _expected_sec(container, stream)
-    time, step, frame = -1.0 / rate, 1.0 / rate, None
+    frame = None
     try:
         for frame in container.decode(stream):
-            stamp = time + step if frame.time is None else frame.time - start
-            if stamp <= time:
-                stamp = time + step / 1000  # damaged timestamps: keep the order of the frames
-            time, step = stamp, float((frame.duration or 0) * (frame.time_base or 0)) or 1.0 / rate
-            yield max(time, 0.0), frame
+            lasts = float((frame.duration or 0) * (frame.time_base or 0)) or 1.0 / rate
+            yield clock.tick(frame.time, lasts), frame
     except FFmpegError as error:
-        raise DataError(f"{source}: cannot be decoded after {max(time, 0):.2f} s: {error.strerror}.") from error
+        raise DataError(
+            f"{source}: cannot be decoded after {max(clock.now, 0):.2f} s: {error.strerror}: the file is damaged."
+        ) from error
     if frame is None:
         raise DataError(f"{source}: the video stream holds no frames.")
-    if expected is not None and time + step < expected - LOST_SEC:
+    if expected is not None and clock.told_end < expected - LOST_SEC:
         raise DataError(
-            f"{source}: only {time + step:.2f} of {expected:.2f} s can be decoded: the file is truncated or damaged."
+            f"{source}: only {clock.told_end:.2f} of {expected:.2f} s can be decoded: the file is truncated or damaged."
         )
-    yield time + step, frame
+    yield clock.end, frame
 
 
 def _expected_sec(container: InputContainer, stream: VideoStream) -> float | None:

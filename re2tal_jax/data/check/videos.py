@@ -1,6 +1,6 @@
 """What the files tell about a data set: those that are missing, damaged, of varying rate, or not what is annotated.
 
-Each file is opened once: its header and index are read, and its first, middle and last frame decoded.
+Of each file header and index are read, and its first, middle and last frame decoded.
 """
 
 import hashlib
@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-from re2tal_jax.data.check_annotations import Subset
-from re2tal_jax.data.problems import Problem, problem
+from re2tal_jax.data.check.annotations import Subset
+from re2tal_jax.data.check.problems import Problem, problem, share
+from re2tal_jax.data.findings import counted
 from re2tal_jax.data.sampling import StridedPolicy
 from re2tal_jax.data.video import VideoInfo, frame_times, open_video, probe, read_frames
 from re2tal_jax.data.video_folder import VideoFolder
@@ -125,7 +126,7 @@ def video_problems(
         "note",
         "file_not_annotated",
         spare,
-        f"{len(spare)} of {len(folder.files)} video files belong to no video of {names}.",
+        f"{share(spare, folder.files, 'video files', 'belongs', 'belong')} to no video of {names}.",
         "If they should, compare their names with those in the annotation.",
     )
     yield from _equal(subsets, looks)
@@ -137,7 +138,7 @@ def _missing(subset: Subset, severe: bool) -> Iterator[Problem]:
         "error" if severe else "warning",
         "video_missing",
         found,
-        f"{subset.name}: {len(found)} of {len(subset.videos)} videos have no file.",
+        f"{subset.name}: {share(found, subset.videos, 'videos', 'has', 'have')} no file.",
         "Put the files there, or leave the videos out (config.data.missing_videos=skip); in the evaluation they still "
         "count, as missed."
         if severe
@@ -159,7 +160,7 @@ def _unreadable(subset: Subset, looks: Mapping[Path, Look], severe: bool) -> Ite
         "error" if severe else "warning",
         "video_unreadable",
         found,
-        f"{subset.name}: {len(found)} of {len(subset.dataset.video_paths)} videos cannot be read.",
+        f"{subset.name}: {share(found, subset.dataset.video_paths, 'videos', 'cannot', 'cannot')} be read.",
         f"Download or encode them again, or skip them (config.{subset.section}.loader.on_error=skip).",
     )
 
@@ -174,12 +175,13 @@ def _not_as_annotated(subset: Subset, looks: Mapping[Path, Look]) -> Iterator[Pr
         "warning",
         "duration_differs",
         wrong,
-        f"{subset.name}: {len(wrong)} videos last longer or shorter than annotated, so segments lie elsewhere in them.",
+        f"{subset.name}: {counted(len(wrong), 'video lasts', 'videos last')} longer or shorter than annotated, so "
+        "segments lie elsewhere.",
         "Look whether these are the annotated videos, whole and not sped up; else correct the durations.",
     )
     stated_rates = {record.video_id: record.fps for record in subset.dataset.records}
     wrong = [
-        f"{name} ({stated:.2f} annotated, {info.fps:.2f} in the file)"
+        f"{name} ({stated:.2f} fps annotated, {info.fps:.2f} in the file)"
         for name, _, info in _readable(subset, looks)
         if (stated := stated_rates.get(name)) is not None and abs(stated / info.fps - 1) > RATE_SHARE
     ]
@@ -188,8 +190,8 @@ def _not_as_annotated(subset: Subset, looks: Mapping[Path, Look]) -> Iterator[Pr
         "error" if strided else "note",
         "rate_differs",
         wrong,
-        f"{subset.name}: {len(wrong)} videos have another frame rate than annotated"
-        + (", so frames and segments drift apart in their windows." if strided else "; this policy does not use it."),
+        f"{subset.name}: {counted(len(wrong), 'video has', 'videos have')} another frame rate than annotated"
+        + (", so frames and segments drift apart in a window." if strided else "; this policy does not use it."),
         "For videos that were encoded at one other rate set config.data.fps; else correct the annotation.",
     )
 
@@ -207,7 +209,8 @@ def _unsteady(subset: Subset, looks: Mapping[Path, Look]) -> Iterator[Problem]:
         "warning",
         "variable_frame_rate",
         [f"{name} (off by {sec:.2f} s)" for sec, name in found],
-        f"{subset.name}: {len(found)} videos have a variable frame rate; frames are found as if it were constant.",
+        f"{subset.name}: {counted(len(found), 'video has', 'videos have')} a variable frame rate; frames are found as "
+        "if it were constant.",
         "Encode them at a constant rate: python -m re2tal_jax.data.prepare VIDEOS --out DIR.",
     )
 
@@ -233,15 +236,15 @@ def _equal(subsets: Sequence[Subset], looks: Mapping[Path, Look]) -> Iterator[Pr
         "error",
         "equal_across_subsets",
         across,
-        f"{len(across)} times videos of different subsets are the same file: the mAP would be of videos that were "
-        "trained on.",
+        f"{counted(len(across), 'file is', 'files are')} there as videos of different subsets: the mAP would be of "
+        "videos that were trained on.",
         "Keep each in one subset.",
     )
     yield from problem(
         "warning",
         "equal_videos",
         within,
-        f"{len(within)} times videos of one subset are the same file.",
+        f"{counted(len(within), 'file is', 'files are')} there as several videos of one subset.",
         "Join their annotations under one of them.",
     )
 

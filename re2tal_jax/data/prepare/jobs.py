@@ -1,37 +1,22 @@
-"""Encode videos again so that training reads them quickly: python -m re2tal_jax.data.prepare VIDEOS --out DIR
-
-Short side 256, 30 frames per second, a key frame every 15 frames, H.264 in mp4 without sound; annotations in seconds
-hold. Folders below VIDEOS are mirrored, one process encodes one video. What is finished is skipped when the command is
-given again, a video is there as a whole or not at all, and the sources are only read. Videos that cannot be read to
-their end are named, and make the exit code 1.
-
-    --short-side N   pixels; smaller videos keep their size
-    --fps RATE       30, 29.97, 30000/1001 …
-    --gop N          frames from one key frame to the next
-    --workers N      videos that are encoded at a time (default: the number of cores)
-"""
+"""A folder of videos encoded into another: in processes, going on where it stopped, damage to one costing no other."""
 
 import dataclasses
-import fcntl
 import json
 import logging
 import multiprocessing
-import os
 import signal
-import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from fractions import Fraction
 from pathlib import Path
-from types import FrameType
 
-from re2tal_jax.command import Parser
-from re2tal_jax.data.encode import Encoding, encode_video
+from re2tal_jax.data.prepare.encode import Encoding, encode_video
+from re2tal_jax.data.prepare.record import Made, Record
 from re2tal_jax.data.video_folder import VIDEO_SUFFIXES, VideoFolder, printable, without_suffix
-from re2tal_jax.errors import ConfigError, DataError, Re2TalError
+from re2tal_jax.errors import ConfigError, DataError
+from re2tal_jax.locks import claim
 from re2tal_jax.progress import WorkProgress
 
 logger = logging.getLogger(__name__)
@@ -58,11 +43,17 @@ class Job:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Result:
-    """What became of the videos: how many were encoded now, were there before, and why others could not be read."""
+    """What became of the videos.
+
+    encoded, there: how many were encoded now, and before.
+    failures: why others could not be, by source.
+    jumps: where the timestamps of sources jumped, now or before; segments after that lie elsewhere in the video.
+    """
 
     encoded: int
     there: int
     failures: Mapping[Path, str]
+    jumps: Mapping[Path, Sequence[str]]
 
 
 def prepare(videos: str | Path, out: str | Path, encoding: Encoding, *, workers: int) -> Result:
@@ -70,30 +61,43 @@ def prepare(videos: str | Path, out: str | Path, encoding: Encoding, *, workers:
 
     Raises:
         ConfigError: the output folder is that of the videos, or holds videos of another encoding.
-        DataError: no videos there, another run at work in the output folder, or one that cannot be written to.
+        DataError: no videos there, two that would be one, another run at work in the output folder, or one that cannot
+            be written to.
     """
     out = Path(out)
     jobs = plan(Path(videos), out)
     try:
-        out.mkdir(parents=True, exist_ok=True)
         with _claimed(out, encoding):
+            record = Record(out)
+            for job in jobs:
+                record.check(job.source, job.target)
             _remove_parts(jobs)
             missing = [job for job in jobs if not job.target.exists()]
             for folder in {job.target.parent for job in missing}:
                 folder.mkdir(parents=True, exist_ok=True)
             try:
-                failures = _encode_all(missing, encoding, workers)
+                failures = _encode_all(missing, encoding, workers, record)
             finally:
                 _remove_parts(missing)
     except OSError as error:
         raise DataError(f"{error.filename or out}: cannot be written: {error.strerror}.") from error
-    return Result(encoded=len(missing) - len(failures), there=len(jobs) - len(missing), failures=failures)
+    jumps = {job.source: record.jumps(job.target) for job in jobs if job.target.exists()}
+    return Result(
+        encoded=len(missing) - len(failures),
+        there=len(jobs) - len(missing),
+        failures=failures,
+        jumps={source: found for source, found in jumps.items() if found},
+    )
 
 
 def plan(videos: Path, out: Path) -> list[Job]:
     """Return what there is to encode, and as what: `day 1/a.avi` as `day 1/a.mp4`.
 
     Of videos that would be the same file, `a.avi` and `a.mov`, each keeps its extension: `a.avi.mp4`.
+
+    Raises:
+        ConfigError: the output folder is that of the videos.
+        DataError: no videos there, or two that would be the same file even so.
     """
     if videos.is_file():
         root, files = videos.parent, [videos.name]
@@ -107,27 +111,28 @@ def plan(videos: Path, out: Path) -> list[Job]:
         raise DataError(f"{videos}: no video is there. Looked for {', '.join(VIDEO_SUFFIXES)}.")
     stems = Counter(map(without_suffix, inside))
     names = {file: (without_suffix(file) if stems[without_suffix(file)] == 1 else file) + ".mp4" for file in inside}
+    by_name: dict[str, str] = {}
+    for file, name in names.items():
+        if by_name.setdefault(name, file) != file:
+            raise DataError(
+                f"{videos}: {printable(by_name[name])!r} and {printable(file)!r} would both be {printable(name)!r}: "
+                "rename one."
+            )
     return [Job(source=root / file, target=out / name) for file, name in names.items()]
 
 
 @contextmanager
 def _claimed(out: Path, encoding: Encoding) -> Iterator[None]:
     """Write how the folder's videos are encoded, or check it, and keep other runs out of it."""
-    mine = dataclasses.asdict(encoding)
-    with open(out / SETTINGS, "a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise DataError(f"{out}: another run is at work in this folder; wait for it, or name another.") from error
+    mine = json.dumps(dataclasses.asdict(encoding))
+    with claim(out / SETTINGS, work="preparation", option="--out") as file:
         file.seek(0)
-        text = file.read()
+        text = file.read().decode(errors="replace")
         if not text:
-            json.dump(mine, file)
+            file.write(mine.encode())
             file.flush()
-        elif text != json.dumps(mine):
-            raise ConfigError(
-                f"{out} holds videos encoded as {text[:200]}, asked for {json.dumps(mine)}: name another."
-            )
+        elif text != mine:
+            raise ConfigError(f"{out} holds videos encoded as {text[:200]}, asked for {mine}: name another.")
         yield
 
 
@@ -137,7 +142,7 @@ def _remove_parts(jobs: Iterable[Job]) -> None:
         job.part.unlink(missing_ok=True)
 
 
-def _encode_all(jobs: Sequence[Job], encoding: Encoding, workers: int) -> dict[Path, str]:
+def _encode_all(jobs: Sequence[Job], encoding: Encoding, workers: int, record: Record) -> dict[Path, str]:
     """Encode videos in processes and return why some could not be.
 
     A decoder that crashes on a file takes all processes with it; videos that were at work then are tried one by one.
@@ -145,20 +150,32 @@ def _encode_all(jobs: Sequence[Job], encoding: Encoding, workers: int) -> dict[P
     failures: dict[Path, str] = {}
     waiting = list(jobs)
     with WorkProgress(sum(map(_mib, jobs)), "prepare", "MiB") as progress:
+
+        def finish(job: Job, outcome: Made | str) -> None:
+            if isinstance(outcome, Made):
+                record.add(job.target, outcome)
+            else:
+                failures[job.source] = outcome
+                logger.warning("cannot encode %s", printable(outcome))
+            progress.advance(_mib(job))
+
         while waiting:
-            crashed = _encode_until_crash(waiting, encoding, workers, failures, progress)
+            crashed = _encode_until_crash(waiting, encoding, workers, finish)
             waiting = [job for job in waiting if not job.target.exists() and job.source not in failures]
             for job in [job for job in waiting if job.part.exists()] or waiting if crashed else ():
-                if _encode_until_crash([job], encoding, 1, failures, progress):
+                if _encode_until_crash([job], encoding, 1, finish):
                     failures[job.source] = f"{job.source}: the decoder crashed on it."
             waiting = [job for job in waiting if not job.target.exists() and job.source not in failures]
     return failures
 
 
 def _encode_until_crash(
-    jobs: Sequence[Job], encoding: Encoding, workers: int, failures: dict[Path, str], progress: WorkProgress
+    jobs: Sequence[Job], encoding: Encoding, workers: int, finish: Callable[[Job, Made | str], None]
 ) -> bool:
-    """Encode videos in a pool of processes, and tell whether one of them crashed, which ends all."""
+    """Encode videos in a pool of processes, and tell whether one of them crashed, which ends all.
+
+    `finish` takes each video and what `encode_job` returned.
+    """
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(
         min(workers, len(jobs)),
@@ -170,11 +187,7 @@ def _encode_until_crash(
         try:
             futures = {pool.submit(encode_job, job, encoding): job for job in jobs}
             for future in as_completed(futures):
-                failure, job = future.result(), futures[future]
-                if failure is not None:
-                    failures[job.source] = failure
-                    logger.warning("cannot encode %s", printable(failure))
-                progress.advance(_mib(job))
+                finish(futures[future], future.result())
         except BrokenProcessPool:
             return True
         except BaseException:
@@ -185,20 +198,28 @@ def _encode_until_crash(
     return False
 
 
-def encode_job(job: Job, encoding: Encoding) -> str | None:
-    """Encode a video in this process, moved into place when it is whole; return why it cannot be read, or None."""
+def encode_job(job: Job, encoding: Encoding) -> Made | str:
+    """Encode a video in this process, moved into place when it is whole; return what it is made of, or why it is not.
+
+    Raises:
+        OSError: the disk is full, say, which is not the fault of this video.
+    """
     try:
-        encode_video(job.source, job.part, encoding)
+        _, jumps = encode_video(job.source, job.part, encoding)
+        try:
+            made = Made.of(job.source, jumps)
+        except OSError as error:
+            return f"{job.source}: cannot be read any more: {error.strerror}."
         job.part.replace(job.target)
+        return made
     except OSError:
-        raise  # a full disk is not the fault of this video
+        raise
     except DataError as error:
         return str(error)
     except Exception as error:  # whatever a decoder raises is about this file, and the others are to be encoded
         return f"{job.source}: {type(error).__name__}: {error}"
     finally:
         job.part.unlink(missing_ok=True)
-    return None
 
 
 def _mib(job: Job) -> int:
@@ -207,54 +228,3 @@ def _mib(job: Job) -> int:
         return max(job.source.stat().st_size // _MIB, 1)
     except OSError:
         return 1
-
-
-# --- command line ----------------------------------------------------------------------------------------------------
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Encode what the command line names; return 0, 1 if videos could not be read, 130 after Ctrl-C or SIGTERM."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    before = signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        options = _parser().parse_all(sys.argv[1:] if arguments is None else arguments)
-        if options.workers < 1:
-            raise ConfigError(f"--workers {options.workers} must be at least 1.")
-        encoding = Encoding(short_side=options.short_side, fps=float(options.fps), gop=options.gop)
-        result = prepare(options.videos, options.out, encoding, workers=options.workers)
-    except Re2TalError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)  # noqa: T201
-        return 1
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on", file=sys.stderr)  # noqa: T201
-        return 130
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    lines = [f"{result.encoded} encoded, {result.there} were there, {len(result.failures)} cannot be read"]
-    lines += [f"  {printable(reason)}" for reason in result.failures.values()]
-    print("\n".join(lines))  # noqa: T201
-    return int(bool(result.failures))
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
-def _parser() -> Parser:
-    parser = Parser(
-        prog="python -m re2tal_jax.data.prepare", allow_abbrev=False, description=(__doc__ or "").split(":")[0]
-    )
-    default = Encoding()
-    parser.add_argument("videos", metavar="VIDEOS", help="folder of videos, or one video")
-    parser.add_argument("--out", metavar="DIR", required=True, help="folder of the encoded videos")
-    parser.add_argument("--short-side", metavar="N", type=int, default=default.short_side, help="pixels")
-    parser.add_argument("--fps", metavar="RATE", type=Fraction, default=default.fps, help="frames per second")
-    parser.add_argument("--gop", metavar="N", type=int, default=default.gop, help="frames between key frames")
-    parser.add_argument(
-        "--workers", metavar="N", type=int, default=os.cpu_count() or 1, help="videos that are encoded at a time"
-    )
-    return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

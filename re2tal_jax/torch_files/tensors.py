@@ -12,7 +12,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from checkpoints_convert.pickle_names import BadValue, Builder, Placeholder
+from re2tal_jax.torch_files.pickle_names import BadValue, Builder, Placeholder
 
 _DTYPES = """
     float64 float32 float16 bfloat16 int64 int32 int16 int8 uint64 uint32 uint16 uint8 bool complex64 complex128

@@ -1,7 +1,7 @@
 """What a check of a data set finds: problems with their number, examples and a way out, as text and as JSON."""
 
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -48,6 +48,11 @@ def problem(
         yield Problem(
             severity=severity, code=code, message=printable(message), count=number, examples=examples, advice=advice
         )
+
+
+def share(found: Sized, among: Sized, noun: str, one: str, many: str) -> str:
+    """Return "1 of 12 videos has" or "3 of 12 videos have": the verb is that of the first number."""
+    return f"{len(found):,} of {len(among):,} {noun} {one if len(found) == 1 else many}"
 
 
 def as_json(problems: Iterable[Problem]) -> list[dict[str, Any]]:

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from re2tal_jax.data.check.problems import Problem, problem, share
 from re2tal_jax.data.dataset import Dataset
-from re2tal_jax.data.problems import Problem, problem
+from re2tal_jax.data.findings import counted
 from re2tal_jax.data.sampling import Padding, Policy, SlidingWindow, StridedPolicy
 
 FEW = 10
@@ -25,6 +26,9 @@ ROUNDING_SEC = 1.0
 
 SAME = 0.9
 """tIoU from which two segments of one label are taken for the same one, annotated twice."""
+
+ROUNDED = 0.98
+"""tIoU above which they are taken for one segment that was written down twice: times differ by rounding."""
 
 MANY_SHORT = 0.05
 """Share of segments shorter than a snippet from which it is a warning."""
@@ -98,37 +102,43 @@ def annotation_problems(subsets: Sequence[Subset], *, min_length_ratio: float) -
 
 
 def _bad_segments(subset: Subset) -> Iterator[Problem]:
-    defects: dict[str, tuple[Callable[[Segment], bool], str]] = {
-        "reversed": (lambda s: s.end < s.start, "end before they start; they are left out"),
-        "zero_length": (lambda s: s.end == s.start, "have no length; they are left out"),
+    defects: dict[str, tuple[Callable[[Segment], bool], tuple[str, str], str]] = {
+        "reversed": (lambda s: s.end < s.start, ("ends before it starts", "end before they start"), "left out"),
+        "zero_length": (lambda s: s.end == s.start, ("has no length", "have no length"), "left out"),
         "outside": (
             lambda s: s.end > s.start and (s.end <= 0 or s.start >= subset.duration_sec(s.video_id)),
-            "lie outside their video; they are left out",
+            ("lies outside its video", "lie outside their video"),
+            "left out",
         ),
-        "negative_start": (lambda s: s.start < 0 < s.end, "start before 0; they start at 0"),
+        "negative_start": (lambda s: s.start < 0 < s.end, ("starts before 0", "start before 0"), "moved to start at 0"),
     }
     findings = subset.dataset.findings
     yield from problem(
         "warning",
         "not_finite",
         findings.examples.get("not_finite", []),
-        f"{subset.name}: {findings['not_finite']} segments have a NaN or infinite time; they are left out.",
+        f"{subset.name}: {counted(findings['not_finite'], 'segment has', 'segments have')} a NaN or infinite time; "
+        "left out.",
         "Correct them in the annotation.",
         count=findings["not_finite"],
     )
-    for code, (has, what) in defects.items():
+    for code, (has, verbs, then) in defects.items():
         found = [segment for segment in subset.segments if has(segment)]
         yield from problem(
             "warning",
             code,
             [_told(segment, subset) if code == "outside" else str(segment) for segment in found],
-            f"{subset.name}: {len(found)} of {len(subset.segments)} segments {what}.",
+            f"{subset.name}: {share(found, subset.segments, 'segments', *verbs)}; {then}.",
             "Correct them, or the durations, in the annotation." if code == "outside" else "Correct them.",
         )
     yield from _past_end(subset)
     ignored = findings["ignored_label"]
     yield from problem(
-        "note", "ignored_label", [], f"{subset.name}: {ignored} segments have a label that is left out.", count=ignored
+        "note",
+        "ignored_label",
+        [],
+        f"{subset.name}: {counted(ignored, 'segment has', 'segments have')} a label that is left out.",
+        count=ignored,
     )
 
 
@@ -141,8 +151,8 @@ def _past_end(subset: Subset) -> Iterator[Problem]:
         "warning" if most > ROUNDING_SEC else "note",
         "past_end",
         [_told(segment, subset) for segment in found],
-        f"{subset.name}: {len(found)} of {len(subset.segments)} segments end after their video, by {_shown(most)} s at "
-        "most; they end with it.",
+        f"{subset.name}: {share(found, subset.segments, 'segments', 'ends after its video', 'end after their video')}, "
+        f"by {_shown(most)} s at most; cut off there.",
         "Correct them, or the durations, in the annotation." if most > ROUNDING_SEC else "",
     )
 
@@ -160,33 +170,51 @@ def _doubled_segments(subset: Subset) -> Iterator[Problem]:
     groups: defaultdict[tuple[str, str], list[Segment]] = defaultdict(list)
     for segment in subset.usable:
         groups[segment.video_id, segment.label].append(segment)
-    exact, near = [], []
+    equal, rounded, near = [], [], []
     for segments in groups.values():
         segments.sort()
         for i, first in enumerate(segments):
-            for second in segments[i + 1 :]:
-                if second.start >= first.end:
-                    break
-                if (first.start, first.end) == (second.start, second.end):
-                    exact.append(second)
-                    break
-                if _tiou(first, second) >= SAME:
-                    near.append(f"{first} and {_shown(second.start)}-{_shown(second.end)} s")
-                    break
+            second = _same(first, segments[i + 1 :])
+            if second is None:
+                continue
+            both = f"{first} and {_shown(second.start)}-{_shown(second.end)} s"
+            if first == second:
+                equal.append(str(second))
+            elif _tiou(first, second) > ROUNDED:
+                rounded.append(both)
+            else:
+                near.append(both)
+    found = len(equal) + len(rounded)
     yield from problem(
         "warning",
         "duplicate",
-        list(map(str, exact)),
-        f"{subset.name}: {len(exact)} segments are in the file twice, with one label; one of each counts.",
+        [*equal, *rounded],
+        f"{subset.name}: {counted(found, 'segment is', 'segments are')} in the file twice, with one label"
+        + (
+            f", {len(rounded)} of them with times that differ by rounding, which count twice."
+            if rounded
+            else "; one of each counts."
+        ),
         "Remove the second.",
     )
     yield from problem(
         "warning",
         "overlapping_duplicate",
         near,
-        f"{subset.name}: {len(near)} segments overlap another of their label with tIoU of {SAME} or more.",
+        f"{subset.name}: {counted(len(near), 'segment overlaps', 'segments overlap')} another of the same label with a "
+        f"tIoU of {SAME} or more.",
         "If two annotators marked the same action, keep one: the evaluation counts the other as missed.",
     )
+
+
+def _same(segment: Segment, later: Sequence[Segment]) -> Segment | None:
+    """Return the first of the later segments, ordered by their start, that is taken for the same, or None."""
+    for other in later:
+        if other.start >= segment.end:
+            return None
+        if _tiou(segment, other) >= SAME:
+            return other
+    return None
 
 
 def _tiou(first: Segment, second: Segment) -> float:
@@ -201,8 +229,8 @@ def _without_segments(subset: Subset) -> Iterator[Problem]:
         "note",
         "video_without_segments",
         found,
-        f"{subset.name}: {len(found)} of {len(subset.videos)} videos have no segment that can be used"
-        + ("; training leaves them out." if subset.section == "train" else "."),
+        f"{subset.name}: {share(found, subset.videos, 'videos', 'has', 'have')} no segment that can be used"
+        + ("; left out in training." if subset.section == "train" else "."),
     )
 
 
@@ -212,8 +240,8 @@ def _left_out_of_training(train: Subset, min_length_ratio: float) -> Iterator[Pr
         "note",
         "too_short",
         list(map(str, found)),
-        f"{train.name}: {len(found)} segments are at most {min_length_ratio:g} of their video; training leaves them "
-        "out (config.data.min_length_ratio).",
+        f"{train.name}: {counted(len(found), 'segment is', 'segments are')} at most {min_length_ratio:g} of the video; "
+        "left out in training (config.data.min_length_ratio).",
     )
 
 
@@ -259,7 +287,7 @@ def _beside_the_windows(subset: Subset) -> Iterator[Problem]:
             "error",
             "longer_than_padding",
             found,
-            f"{subset.name}: {len(found)} of {len(windows)} videos are longer than the window that `padding` fills.",
+            f"{subset.name}: {share(found, windows, 'videos', 'is', 'are')} longer than the window of `padding`.",
             f"Raise config.num_snippets or {section}.snippet_stride, or use sliding_window.",
         )
         return
@@ -268,7 +296,7 @@ def _beside_the_windows(subset: Subset) -> Iterator[Problem]:
         "note",
         "shorter_than_window",
         found,
-        f"{subset.name}: {len(found)} of {len(windows)} videos are shorter than a window "
+        f"{subset.name}: {share(found, windows, 'videos', 'is', 'are')} shorter than a window "
         f"({_span(list(windows.values()))}); the rest of it is filled.",
         f"If these are most of them, a lower {section}.snippet_stride or config.num_snippets wastes less."
         if len(found) > len(windows) / 2
@@ -280,7 +308,7 @@ def _shorter_than_a_snippet(subset: Subset, lengths: list[tuple[Segment, float]]
     found = [segment for segment, length in lengths if length < 1 - _EPSILON]
     if not found:
         return
-    share, policy = len(found) / len(lengths), subset.policy
+    part, policy = len(found) / len(lengths), subset.policy
     short = max(float(np.quantile([length for _, length in lengths], MANY_SHORT)), 1e-3)  # in snippets
     if isinstance(policy, StridedPolicy):
         stride = max(math.floor(policy.snippet_stride * short + _EPSILON), 1)
@@ -294,12 +322,12 @@ def _shorter_than_a_snippet(subset: Subset, lengths: list[tuple[Segment, float]]
             "(random_trunc and sliding_window)"
         )
     yield from problem(
-        "warning" if share >= MANY_SHORT else "note",
+        "warning" if part >= MANY_SHORT else "note",
         "shorter_than_snippet",
         list(map(str, found)),
-        f"{subset.name}: {len(found)} of {len(lengths)} segments ({share:.1%}) are shorter than a snippet of "
-        f"config.{subset.section}; they fall between two points and are hardly ever found.",
-        f"For all but 5 % to have a snippet: {advice}." if share >= MANY_SHORT else "",
+        f"{subset.name}: {share(found, lengths, 'segments', 'is', 'are')} ({part:.1%}) shorter than a snippet of "
+        f"config.{subset.section}; what falls between two points is hardly ever found.",
+        f"For all but 5 % to have a snippet: {advice}." if part >= MANY_SHORT else "",
     )
 
 
@@ -307,15 +335,15 @@ def _longer_than_a_window(subset: Subset, lengths: list[tuple[Segment, float]]) 
     policy = subset.policy
     found = [segment for segment, length in lengths if length > policy.num_snippets + _EPSILON]
     longest = max([length for _, length in lengths], default=0.0)
-    seen = "no window shows them whole, and their ends are learnt from parts"
+    seen = "no window shows the whole, and ends are learnt from parts"
     if isinstance(policy, SlidingWindow):
-        seen = "no window shows them whole"
+        seen = "no window shows the whole"
     yield from problem(
         "warning",
         "longer_than_window",
         list(map(str, found)),
-        f"{subset.name}: {len(found)} of {len(lengths)} segments are longer than a window of config.{subset.section}; "
-        f"{seen}.",
+        f"{subset.name}: {share(found, lengths, 'segments', 'is', 'are')} longer than a window of "
+        f"config.{subset.section}; {seen}.",
         f"The longest needs {math.ceil(longest - _EPSILON)} snippets: raise config.num_snippets, or "
         f"config.{subset.section}.policy.snippet_stride.",
     )
@@ -335,8 +363,8 @@ def _in_both(train: Subset, evaluation: Subset) -> Iterator[Problem]:
         "error",
         "in_both_subsets",
         found,
-        f"{len(found)} videos are in both {train.name} and {evaluation.name}: the mAP would be of videos that were "
-        "trained on.",
+        f"{counted(len(found), 'video is', 'videos are')} in both {train.name} and {evaluation.name}: the mAP would be "
+        "of videos that were trained on.",
         "Choose subsets without common videos (config.train.subset, config.eval.subset).",
     )
 
@@ -350,16 +378,16 @@ def _classes(train: Subset, evaluation: Subset) -> Iterator[Problem]:
         "warning",
         "class_without_segments",
         nowhere,
-        f"{len(nowhere)} of {len(classes)} classes have no segment in {train.name} and {evaluation.name}.",
-        "Take them out of the class list, and lower config.num_classes.",
+        f"{share(nowhere, classes, 'classes', 'has', 'have')} no segment in {train.name} and {evaluation.name}.",
+        "Correct the class list, and lower config.num_classes.",
     )
     only_scored = [f"{name} ({scored[name]})" for name in classes if scored[name] and not trained[name]]
     yield from problem(
         "warning",
         "class_only_in_evaluation",
         only_scored,
-        f"{len(only_scored)} of {len(classes)} classes have segments in {evaluation.name} and none in {train.name}: "
-        "they cannot be learnt, and their AP is 0.",
+        f"{share(only_scored, classes, 'classes', 'has', 'have')} segments in {evaluation.name} and none in "
+        f"{train.name}: nothing can be learnt, and the AP is 0.",
         "Annotate some for training, or split the videos so that each class is in both.",
     )
     only_trained = [f"{name} ({trained[name]})" for name in classes if trained[name] and not scored[name]]
@@ -367,14 +395,14 @@ def _classes(train: Subset, evaluation: Subset) -> Iterator[Problem]:
         "note",
         "class_not_in_evaluation",
         only_trained,
-        f"{len(only_trained)} of {len(classes)} classes have no segment in {evaluation.name}; the mAP leaves them out.",
+        f"{share(only_trained, classes, 'classes', 'has', 'have')} no segment in {evaluation.name}; not in the mAP.",
     )
     rare = [f"{name} ({trained[name]})" for name in classes if 0 < trained[name] < FEW]
     yield from problem(
         "warning",
         "rare_class",
         rare,
-        f"{len(rare)} of {len(classes)} classes have fewer than {FEW} segments in {train.name}.",
+        f"{share(rare, classes, 'classes', 'has', 'have')} fewer than {FEW} segments in {train.name}.",
         "Annotate more, or join classes that are alike.",
     )
     alike: defaultdict[str, list[str]] = defaultdict(list)
@@ -385,6 +413,6 @@ def _classes(train: Subset, evaluation: Subset) -> Iterator[Problem]:
         "warning",
         "labels_alike",
         doubled,
-        f"{len(doubled)} classes are written in several ways.",
+        f"{counted(len(doubled), 'class is', 'classes are')} written in several ways.",
         "If they are one class, write its label the same everywhere.",
     )

@@ -9,7 +9,8 @@ import pickletools
 from collections.abc import Callable, Mapping, Sized
 from typing import Any, BinaryIO, NamedTuple, NoReturn
 
-from checkpoints_convert.pickle_names import (
+from re2tal_jax.errors import CheckpointError
+from re2tal_jax.torch_files.pickle_names import (
     MODULES,
     NAME_LIMIT,
     PYTHON,
@@ -22,7 +23,6 @@ from checkpoints_convert.pickle_names import (
     runs_code,
     to_dict,
 )
-from re2tal_jax.errors import CheckpointError
 
 # Constructors copy what the pickle spells out, perhaps twice; a short one could else copy one long list many times.
 COPIES, COPY_SLACK = 4, 1 << 20

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from re2tal_jax.data.feature_files import HDF5, Place, find_features, read_features
+from re2tal_jax.data.features.files import HDF5, Place, find_features, read_features
 from re2tal_jax.data.manifest import Manifest, VideoEntry, read_manifest
 from re2tal_jax.data.sampling import Policy, RandomSource, Resize, annotated_frames, frame_rate
 from re2tal_jax.errors import ConfigError, DataError

@@ -1,4 +1,4 @@
-"""Your own data set: a folder of videos and an annotation as people make it (see `data.tables`, docs/your_data.md).
+"""Your own data set: a folder of videos and an annotation as people make it (see `tables.py`, docs/your_data.md).
 
 What the annotation does not tell is made: classes from its labels, durations and frame counts from the files, training
 and validation by a hash of each video's id.
@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from re2tal_jax.data.annotations import Annotations, parse_annotations
+from re2tal_jax.data.custom.tables import Listing, add_video, read_listing
 from re2tal_jax.data.dataset import Dataset, open_dataset
 from re2tal_jax.data.features import FeatureConfig
-from re2tal_jax.data.tables import Listing, add_video, read_listing
+from re2tal_jax.data.findings import counted
 from re2tal_jax.data.video import VideoInfo, probe
 from re2tal_jax.data.video_folder import VideoFolder, printable, split_name, video_id, without_suffix
 from re2tal_jax.errors import ConfigError, DataError
@@ -73,6 +74,12 @@ def custom(
     listing, files = _by_id(path, read_listing(path, tiers=(tiers,) if isinstance(tiers, str) else tiers), folder)
     unreadable = _fill_durations(path, listing, files)
     made = _fill_subsets(path, listing, validation_share)
+    if made and len(listing) == 1 and TRAINING not in ((subset,) if isinstance(subset, str) else subset):
+        raise DataError(
+            f"{path}: {next(iter(listing))!r} is the only video and has no subset, so it is for {TRAINING}, and none "
+            f"is left for {VALIDATION}: annotate more videos, or add the column subset and choose it in both places "
+            "(config.train.subset, config.eval.subset); the mAP is then of a video that was trained on."
+        )
     parsed = parse_annotations(path, {"database": listing}, classes=classes, fps=fps)
     for name in unreadable:
         parsed.findings[listing[name]["subset"]].note("video_unreadable", name)
@@ -129,7 +136,7 @@ def _fill_durations(path: Path, listing: Listing, files: Mapping[str, Path]) -> 
     unknown = [name for name, video in listing.items() if "duration" not in video]
     if unknown and not files:
         raise DataError(
-            f"{path}: no duration of video {unknown[0]!r} and {len(unknown) - 1} others, and no file found to ask: "
+            f"{path}: no duration of video {unknown[0]!r}{_and_others(len(unknown) - 1)}, and no file found to ask: "
             "name the folder of the videos (option videos), or add the column duration_sec."
         )
     there = [name for name in unknown if name in files]
@@ -146,6 +153,10 @@ def _fill_durations(path: Path, listing: Listing, files: Mapping[str, Path]) -> 
         if "duration" not in listing[name]:
             listing[name]["duration"] = _last_end(listing[name])
     return list(failures)
+
+
+def _and_others(number: int) -> str:
+    return f" and {counted(number, 'other')}" if number else ""
 
 
 def _probe(path: Path) -> VideoInfo | str:
@@ -206,13 +217,14 @@ def _tell_split(annotations: Annotations, share: float | None) -> None:
     for record in annotations.records:
         counts[record.subset].update(record.labels.tolist())
     logger.info(
-        "%s has no subsets: %d videos for %s, %d for %s (by a hash of their ids, validation_share = %s)",
-        *(annotations.path, videos[TRAINING], TRAINING, videos[VALIDATION], VALIDATION, share),
+        "%s has no subsets: %s for %s, %d for %s (by a hash of their ids, validation_share = %s)",
+        *(annotations.path, counted(videos[TRAINING], "video"), TRAINING, videos[VALIDATION], VALIDATION, share),
     )
     for subset, count in counts.items():
         lacking = [name for number, name in enumerate(annotations.classes) if not count[number]]
         if lacking:
-            logger.warning("no segment for %s of %d classes: %s", subset, len(lacking), ", ".join(lacking[:10]))
+            classes = counted(len(lacking), "class", "classes")
+            logger.warning("no segment for %s of %s: %s", subset, classes, ", ".join(lacking[:10]))
 
 
 VARIANTS = {"custom": custom}

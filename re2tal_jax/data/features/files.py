@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from checkpoints_convert.torch_io import read
-from checkpoints_convert.torch_tensors import Tensor
 from re2tal_jax.data.files import find_files, spellings
 from re2tal_jax.errors import CheckpointError, ConfigError, DataError, did_you_mean
+from re2tal_jax.torch_files import Tensor, read
 
 SUFFIXES = (".npy", ".npz", ".pt", ".pth")
 HDF5 = (".h5", ".hdf5")
@@ -42,6 +41,7 @@ def find_features(folder: str, video_ids: Iterable[str]) -> dict[str, Place]:
         DataError: no such folder, or an HDF5 file that cannot be read.
         ConfigError: an HDF5 file, and h5py is not installed.
     """
+    check_folder(folder)
     if Path(folder).suffix.lower() not in HDF5:
         ids = list(video_ids)
         found = find_files(folder, ids, SUFFIXES, what="Feature folder", option="features.folder")
@@ -59,6 +59,21 @@ def find_features(folder: str, video_ids: Iterable[str]) -> dict[str, Place]:
         if name is not None:
             places[video_id] = Place(path, name)
     return places
+
+
+def check_folder(folder: str) -> None:
+    """Raise DataError unless a folder of features, or an HDF5 file, is there; nothing in it is read."""
+    path = Path(folder)
+    one_file = path.suffix.lower() in HDF5
+    if path.is_file() if one_file else path.is_dir():
+        return
+    what = "Feature file" if one_file else "Feature folder"
+    state = "does not exist" if not path.exists() else "is a folder" if one_file else "is no folder"
+    make = f"python -m re2tal_jax.main --config FILE --mode extract{'' if one_file else f' --out {folder}'}"
+    raise DataError(
+        f"{what} {folder} {state} (option features.folder). Extract features from the videos, with a config that has "
+        f"a backbone: {make}; or fetch published ones: docs/features.md."
+    )
 
 
 def read_features(place: Place, *, key: str | None = None, channels_first: bool = False) -> np.ndarray:
@@ -137,8 +152,6 @@ def _open_hdf5(path: Path) -> Any:
         import h5py
     except ImportError as error:
         raise ConfigError(f"{path}: reading HDF5 needs h5py: pip install 're2tal-jax[h5]'.") from error
-    if not path.is_file():
-        raise DataError(f"Feature file {path} does not exist (option features.folder).")
     try:
         return h5py.File(path, "r")
     except OSError as error:
