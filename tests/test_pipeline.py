@@ -277,7 +277,7 @@ def test_no_video_stays_open_behind_an_evaluation_or_a_training_step(folder):
     batches.close()
     deadline = time.monotonic() + 10
     while opened() - before and time.monotonic() < deadline:  # threads end when they have read what they were at
-        gc.collect()  # a pool of threads is in a reference cycle
+        gc.collect()  # what a reference cycle holds may go then only
         time.sleep(0.01)
     assert opened() <= before
 

@@ -1,8 +1,8 @@
 """Softmax attention of many heads, with a derivative that goes over the logits as seldom as it can.
 
-What autodiff keeps of a softmax, and the sums it takes over it, are most of what a tile of window attention costs. Here
-the weights are kept as they were before they summed to 1, in the precision they are used in, and the derivative takes
-its row sums over the result's channels instead of over the keys (FlashAttention, arXiv 2205.14135, appendix B.4).
+Autodiff keeps the weights of a softmax in float32 and takes its sums over whole logits. Here the weights are kept as they
+were before they summed to 1, in the precision they are used in, and the derivative takes its row sums over the result's
+channels instead of over the keys (FlashAttention, arXiv 2205.14135, appendix B.4).
 """
 
 from typing import Any
@@ -76,7 +76,7 @@ def _scaled(q: Float[Array, "*B d"]) -> Float[Array, "*B d"]:
 
 
 def _sum_leading(x: Float[Array, "..."], kept: int) -> Float[Array, "..."]:
-    """Sum over all axes but the last `kept`: as a product with ones, which XLA does on a CPU in half the time."""
+    """Sum over all axes but the last `kept`: as a product with ones, which XLA does faster on a CPU."""
     rows = x.reshape(-1, *x.shape[-kept:])
     if len(rows) == 1:
         return rows[0]

@@ -1,4 +1,4 @@
-"""Video files, or what stands for one, to uint8 frames: decord reads, PyAV takes over where decord fails.
+"""Video files, or what stands for one, to uint8 frames: decord seeks those far apart, PyAV decodes all others.
 
 Frames are resized while they are decoded, both readers by the same bilinear filter, so that their pixels are equal.
 A function opens the file for its call; an `OpenVideo` keeps it open, for one thread of the process that opened it: a
