@@ -1,8 +1,8 @@
 """Softmax attention of many heads, with a derivative that goes over the logits as seldom as it can.
 
-Autodiff keeps the weights of a softmax in float32 and takes its sums over whole logits. Here the weights are kept as they
-were before they summed to 1, in the precision they are used in, and the derivative takes its row sums over the result's
-channels instead of over the keys (FlashAttention, arXiv 2205.14135, appendix B.4).
+Autodiff keeps the weights of a softmax in float32 and takes its sums over whole logits. Here the weights are kept as
+they were before they summed to 1, in the precision they are used in, and the derivative takes its row sums over the
+result's channels instead of over the keys (FlashAttention, arXiv 2205.14135, appendix B.4).
 """
 
 from typing import Any
