@@ -19,6 +19,8 @@ from re2tal_jax.errors import ConfigError, DataError, did_you_mean
 Method = Literal["hard", "zero", "linear", "gaussian", "bmn"]
 Emitted = tuple[float, int]  # score after decay, index of the segment
 
+_VOTES = 1 << 20  # pairs that are looked at at a time: long videos have many candidates
+
 _LENGTH_OFFSET = np.float32(1e-6)  # the reference adds it to each length in suppression, not in voting
 
 
@@ -87,7 +89,8 @@ def batched_nms(
     """
     segments, scores, labels = _checked(segments, scores, labels)
     groups = [np.flatnonzero(labels == c) for c in np.unique(labels)] if config.multiclass else [np.arange(len(labels))]
-    streams = [_stream(segments[group], scores[group], group, config) for group in groups]
+    suppress = _hard if config.method == "hard" else _soft
+    streams = [suppress(segments, scores, group, config) for group in groups]
     # Each stream descends, hence so does the merge, and the best max_seg_num overall need no more of any class.
     kept = list(itertools.islice(heapq.merge(*streams, key=lambda item: -item[0]), config.max_seg_num))
     kept_scores = np.array([score for score, _ in kept], np.float32)
@@ -104,7 +107,7 @@ def hard_nms(
     """Return the indices of the segments kept, best first: none overlaps a better one by `tiou_threshold` or more."""
     segments, scores, _ = _checked(segments, scores, np.zeros(len(scores), np.int64))
     config = NMSConfig(method="hard", tiou_threshold=tiou_threshold, min_score=0.0)
-    return np.array([index for _, index in _hard(segments, scores, config)], np.int64)
+    return np.array([index for _, index in _hard(segments, scores, np.arange(len(scores)), config)], np.int64)
 
 
 def soft_nms(
@@ -117,7 +120,7 @@ def soft_nms(
     if config.method == "hard":
         raise ConfigError("soft_nms needs a soft NMSConfig.method: zero, linear, gaussian or bmn; it is 'hard'.")
     segments, scores, _ = _checked(segments, scores, np.zeros(len(scores), np.int64))
-    kept = list(_soft(segments, scores, config))
+    kept = list(_soft(segments, scores, np.arange(len(scores)), config))
     return np.array([index for _, index in kept], np.int64), np.array([score for score, _ in kept], np.float32)
 
 
@@ -132,6 +135,12 @@ def vote(
     `scores` are those before any decay. A segment without voters stays as it is; zero-length segments have none, and
     the reference returns NaN for them (0/0).
     """
+    rows = max(1, _VOTES // max(len(segments), 1))
+    parts = [_vote(kept[i : i + rows], segments, scores, threshold) for i in range(0, len(kept), rows)]
+    return np.concatenate(parts) if parts else kept
+
+
+def _vote(kept: np.ndarray, segments: np.ndarray, scores: np.ndarray, threshold: float) -> np.ndarray:
     shared_start = np.maximum(kept[:, None, 0], segments[:, 0])
     intersection = np.maximum(np.minimum(kept[:, None, 1], segments[:, 1]) - shared_start, 0)
     union = (kept[:, 1] - kept[:, 0])[:, None] + (segments[:, 1] - segments[:, 0])[None] - intersection
@@ -159,14 +168,9 @@ def _checked(
     return segments, scores, labels
 
 
-def _stream(segments: np.ndarray, scores: np.ndarray, group: np.ndarray, config: NMSConfig) -> Iterator[Emitted]:
-    """Yield what one class keeps, best first, with indices into the whole set."""
-    suppress = _hard if config.method == "hard" else _soft
-    return ((score, int(group[index])) for score, index in suppress(segments, scores, config))
-
-
-def _hard(segments: np.ndarray, scores: np.ndarray, config: NMSConfig) -> Iterator[Emitted]:
-    order = np.argsort(-scores, kind="stable")
+def _hard(segments: np.ndarray, scores: np.ndarray, group: np.ndarray, config: NMSConfig) -> Iterator[Emitted]:
+    """Yield what is kept of the segments with the numbers `group`, best first."""
+    order = group[np.argsort(-scores[group], kind="stable")]
     if config.min_score > 0:
         order = order[scores[order] > np.float32(config.min_score)]
     start, end = segments[order].T
@@ -179,15 +183,15 @@ def _hard(segments: np.ndarray, scores: np.ndarray, config: NMSConfig) -> Iterat
         rest = rest[overlap < np.float32(config.tiou_threshold)]
 
 
-def _soft(segments: np.ndarray, scores: np.ndarray, config: NMSConfig) -> Iterator[Emitted]:
-    """Repeat: emit the best, decay the others, drop those below min_score.
+def _soft(segments: np.ndarray, scores: np.ndarray, group: np.ndarray, config: NMSConfig) -> Iterator[Emitted]:
+    """Repeat, for the segments with the numbers `group`: emit the best, decay the others, drop those below min_score.
 
     The best is swapped with the first of the rest and dropped ones are overwritten from the end, because that order
     decides which of equal scores comes first in the reference.
     """
-    start, end = segments.T
-    table = np.stack([start, end, end - start + _LENGTH_OFFSET, scores])
-    index = np.arange(len(scores))
+    table, index = np.empty((4, len(group)), np.float32), group.copy()
+    table[:2], table[3] = segments[group].T, scores[group]
+    table[2] = table[1] - table[0] + _LENGTH_OFFSET
     min_score = np.float32(config.min_score)
     while index.size:
         top = int(table[3].argmax())

@@ -3,10 +3,10 @@
     select candidates -> suppress -> seconds, clamped -> labels (own classes or an external classifier) -> round
 
 A video that is one window (resized or padded) is suppressed in snippets, before the conversion. A video of several
-windows is suppressed once, over all its windows, in seconds and after rounding: `gather`. Both as published.
+windows is suppressed once, over all its windows, in seconds and after rounding: `Gathering`. Both as published.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -68,7 +68,7 @@ def postprocess(
     *,
     video_id: str,
 ) -> Detections:
-    """Return the detections of one window, best first; with `suppress_in` "video", `gather` completes them.
+    """Return the detections of one window, best first; with `suppress_in` "video", `Gathering` completes them.
 
     Args:
         proposals: start and end in snippets of the window.
@@ -96,33 +96,54 @@ def postprocess(
     return _detections(segments, best, names, config)
 
 
-def gather(windows: Mapping[str, Sequence[Detections]], config: PostprocessConfig) -> dict[str, Detections]:
-    """Return one `Detections` per video from those of its windows, suppressed together where the config says "video".
+class Gathering:
+    """The detections of a video, window by window: `add` each, then take the `result`.
 
-    Raises:
-        ConfigError: several windows of a video were suppressed one by one: what they share would stay double.
+    Of a window that is suppressed with others no more is held than suppression takes, 16 bytes a candidate.
     """
-    return {video_id: _gather_one(video_id, parts, config) for video_id, parts in windows.items()}
 
+    def __init__(self, video_id: str, config: PostprocessConfig):
+        self._video_id, self._config = video_id, config
+        self._parts: list[Detections] = []
+        self._candidates: list[Candidates] = []
+        self._numbers: dict[str, int] = {}  # of labels, in the order in which they come up
 
-def _gather_one(video_id: str, parts: Sequence[Detections], config: PostprocessConfig) -> Detections:
-    if config.suppress_in == "window":
-        if len(parts) != 1:
-            raise ConfigError(
-                f"{video_id} has {len(parts)} windows but PostprocessConfig.suppress_in = 'window', which is for one "
-                "window per video: set it to 'video' for sliding windows."
-            )
-        return parts[0]
-    segments = np.concatenate([np.zeros((0, 2)), *(part.segments_sec for part in parts)])
-    scores = np.concatenate([np.zeros(0), *(part.scores for part in parts)])
-    names = tuple(name for part in parts for name in part.labels)
-    if config.nms is not None:
-        known = tuple(dict.fromkeys(names))
-        number = {name: i for i, name in enumerate(known)}
-        labels = np.array([number[name] for name in names], np.int64)
-        segments, scores, labels = batched_nms(segments, scores, labels, config.nms)
-        names = tuple(known[int(i)] for i in labels)
-    return _detections(segments, scores, names, config)
+    def __len__(self) -> int:
+        return len(self._parts) + len(self._candidates)
+
+    def add(self, part: Detections) -> None:
+        """Take in what `postprocess` found in the next window."""
+        if self._config.suppress_in == "window" or self._config.nms is None:
+            self._parts.append(part)
+            return
+        numbers = [self._numbers.setdefault(label, len(self._numbers)) for label in part.labels]
+        segments, scores = part.segments_sec.astype(np.float32), part.scores.astype(np.float32)
+        self._candidates.append((segments, scores, np.array(numbers, np.int32)))
+
+    def result(self) -> Detections:
+        """Return the detections of the video, best first.
+
+        Raises:
+            ConfigError: several windows were suppressed one by one: what they share would stay double.
+        """
+        if self._config.suppress_in == "window":
+            if len(self._parts) != 1:
+                raise ConfigError(
+                    f"{self._video_id} has {len(self._parts)} windows but PostprocessConfig.suppress_in = 'window', "
+                    "which is for one window per video: set it to 'video' for sliding windows."
+                )
+            return self._parts[0]
+        if self._config.nms is None:
+            segments = np.concatenate([np.zeros((0, 2)), *(part.segments_sec for part in self._parts)])
+            scores = np.concatenate([np.zeros(0), *(part.scores for part in self._parts)])
+            names = tuple(label for part in self._parts for label in part.labels)
+        else:
+            none = np.zeros((0, 2), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int32)
+            columns = (np.concatenate(column) for column in zip(none, *self._candidates, strict=True))
+            segments, scores, labels = batched_nms(*columns, self._config.nms)
+            known = tuple(self._numbers)
+            names = tuple(known[number] for number in labels.tolist())
+        return _detections(segments, scores, names, self._config)
 
 
 def _checked(

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
+from re2tal_jax import nms
 from re2tal_jax.config import build
 from re2tal_jax.errors import ConfigError, DataError
 from re2tal_jax.nms import NMSConfig, batched_nms, hard_nms, soft_nms, vote
@@ -173,6 +174,16 @@ def test_voting_leaves_zero_length_segments_in_place():
     )
     np.testing.assert_allclose(got, segments)
     np.testing.assert_allclose(scores, [0.9, 0.8], rtol=1e-6)
+
+
+def test_voting_in_parts_is_voting_at_once(monkeypatch):
+    rng = np.random.default_rng(0)
+    start, scores = rng.uniform(0, 50, 40), rng.uniform(0, 1, 40).astype(np.float32)
+    segments = np.stack([start, start + rng.uniform(5, 15, 40)], axis=1).astype(np.float32)
+    whole = vote(segments[:10], segments, scores, 0.3)
+    monkeypatch.setattr(nms, "_VOTES", 3 * len(segments))
+    np.testing.assert_allclose(vote(segments[:10], segments, scores, 0.3), whole, rtol=1e-6)
+    assert not np.allclose(whole, segments[:10])
 
 
 def test_voting_uses_scores_before_decay():

@@ -7,7 +7,7 @@ from re2tal_jax.config import build
 from re2tal_jax.errors import ConfigError, DataError
 from re2tal_jax.external_classifier import ExternalClassifier, ExternalClassifierConfig
 from re2tal_jax.nms import NMSConfig
-from re2tal_jax.postprocess import PostprocessConfig, gather, postprocess
+from re2tal_jax.postprocess import Gathering, PostprocessConfig, postprocess
 from re2tal_jax.types import SnippetGrid
 from tests.parity import postproc as parity
 from tests.parity.__main__ import load
@@ -24,6 +24,14 @@ def run(proposals, scores, config=KEEP_ALL, classes=CLASSES, external=None, vali
     scores = scores.reshape(-1, scores.shape[1] if scores.ndim == 2 else 1)
     valid = np.ones(len(proposals), bool) if valid is None else np.array(valid)
     return postprocess(proposals, scores, valid, grid, config, classes, external, video_id="v_1")
+
+
+def gather(windows, config):
+    gathering = Gathering("v_1", config)
+    for window in windows:
+        gathering.add(window)
+    assert len(gathering) == len(windows)
+    return gathering.result()
 
 
 def test_a_candidate_is_a_proposal_with_a_class():
@@ -62,23 +70,23 @@ def test_windows_of_a_video_are_suppressed_together_after_clamping():
         run([[0, 20], [30, 90]], [[0.9, 0], [0.4, 0]], config, grid=grids[1]),
     ]
     assert [len(w) for w in windows] == [3, 2]
-    got = gather({"v_1": windows, "v_2": []}, config)
-    assert got["v_1"].segments_sec.tolist() == [[10, 20], [0, 2], [25, 30]]
-    np.testing.assert_allclose(got["v_1"].scores, [0.9, 0.5, 0.4], atol=1e-6)
-    assert len(got["v_2"]) == 0
+    got = gather(windows, config)
+    assert got.segments_sec.tolist() == [[10, 20], [0, 2], [25, 30]]
+    np.testing.assert_allclose(got.scores, [0.9, 0.5, 0.4], atol=1e-6)
+    assert len(gather([], config)) == 0
 
 
 def test_windows_suppressed_one_by_one_cannot_be_gathered():
     window = run([[0, 10]], [[0.5, 0]])
-    assert gather({"v_1": [window]}, KEEP_ALL)["v_1"] is window
+    assert gather([window], KEEP_ALL) is window
     with pytest.raises(ConfigError, match=r"v_1 has 2 windows but .*suppress_in = 'window'.* set it to 'video'"):
-        gather({"v_1": [window, window]}, KEEP_ALL)
+        gather([window, window], KEEP_ALL)
 
 
 def test_without_suppression_windows_are_joined():
     config = PostprocessConfig(nms=None, suppress_in="video")
     windows = [run([[0, 10]], [[s, 0]], config) for s in (0.25, 0.75)]
-    assert gather({"v_1": windows}, config)["v_1"].scores.tolist() == [0.75, 0.25]
+    assert gather(windows, config).scores.tolist() == [0.75, 0.25]
 
 
 def test_results_are_rounded_as_published_unless_told_otherwise():

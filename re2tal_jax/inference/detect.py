@@ -14,7 +14,7 @@ from re2tal_jax.data.elements import WindowRef
 from re2tal_jax.data.pipeline import Loader
 from re2tal_jax.errors import ConfigError
 from re2tal_jax.external_classifier import ExternalClassifier
-from re2tal_jax.postprocess import PostprocessConfig, gather, postprocess
+from re2tal_jax.postprocess import Gathering, PostprocessConfig, postprocess
 from re2tal_jax.progress import WorkProgress
 from re2tal_jax.training.sharding import put_batch
 from re2tal_jax.types import Detections
@@ -59,7 +59,7 @@ def detect(
         config, classes, external: see `postprocess`.
         what: names the work in the progress.
     """
-    windows, parts, first = loader.windows, [], 0
+    windows, gathered, first = loader.windows, None, 0
     last = {ref.record.video_id: place for place, ref in enumerate(windows)}
     count = Counter(ref.record.video_id for ref in windows)
     with WorkProgress(len(windows), what, "window") as progress:
@@ -70,14 +70,15 @@ def detect(
             places = range(first, min(first + numbers.shape[0], len(windows)))
             for place in places:
                 video_id = windows[place].record.video_id
+                gathered = Gathering(video_id, config) if gathered is None else gathered
                 if place in rows:
                     row, grid = rows[place], loader.grid(place)
                     candidates = proposals[row], scores[row], valid[row]
-                    parts.append(postprocess(*candidates, grid, config, classes, external, video_id=video_id))
+                    gathered.add(postprocess(*candidates, grid, config, classes, external, video_id=video_id))
                 if place == last[video_id]:
-                    found = gather({video_id: parts}, config)[video_id] if parts else None
-                    yield VideoResult(video_id, found, count[video_id], count[video_id] - len(parts))
-                    parts = []
+                    found = gathered.result() if len(gathered) else None
+                    yield VideoResult(video_id, found, count[video_id], count[video_id] - len(gathered))
+                    gathered = None
             first = places.stop
             progress.advance(len(places))
 

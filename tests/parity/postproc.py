@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from re2tal_jax.external_classifier import ExternalClassifier, ExternalClassifierConfig
-from re2tal_jax.postprocess import PostprocessConfig, gather, postprocess
+from re2tal_jax.postprocess import Gathering, PostprocessConfig, postprocess
 from re2tal_jax.segments import to_seconds
 from re2tal_jax.types import Detections, SnippetGrid
 from tests.parity.nms import config_of
@@ -96,15 +96,14 @@ def _thumos_sliding(case: Mapping[str, Any], path: Path) -> Iterator[Row]:
     amplifies between segments a fifth of a second long.
     """
     config = PostprocessConfig(nms=config_of(case["nms"]), suppress_in="video")
-    recorded: dict[str, list[Detections]] = {}
+    recorded: dict[str, Gathering] = {}
     for i, window in enumerate(case["windows"]):
         video_id = window["meta"]["video_name"]
         got = run_postprocess(window["props"], window["scores"], window["meta"], config, case["class_map"])
         yield from same_detections(f"windows[{i}]", got, window["results"][video_id])
-        recorded.setdefault(video_id, []).append(_detections(window["results"][video_id]))
-    final = gather(recorded, config)
+        recorded.setdefault(video_id, Gathering(video_id, config)).add(_detections(window["results"][video_id]))
     for video_id, want in case["final"].items():
-        yield from same_detections(f"final {video_id}", final[video_id], want)
+        yield from same_detections(f"final {video_id}", recorded[video_id].result(), want)
 
 
 SECTIONS = {
