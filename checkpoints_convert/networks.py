@@ -16,6 +16,7 @@ from re2tal_jax.backbones import NETWORKS
 from re2tal_jax.config import bind, override, read_config_file, resolve
 from re2tal_jax.errors import ConfigError
 from re2tal_jax.experiment import FREE_OPTIONS, make_detector, resolved_config
+from re2tal_jax.seeds import Seeded
 from re2tal_jax.settings import Settings, read_settings
 
 BACKBONE = "backbone."
@@ -57,7 +58,7 @@ class Network:
             return make_detector(self.settings)
         factory = NETWORKS[self.backbone_name]
         options = bind(factory, self._options, path="config.backbone", given=("dtype", "rngs"))
-        return lambda: factory(**options, rngs=nnx.Rngs(0))
+        return lambda: factory(**options, rngs=Seeded(0))
 
     @functools.cached_property
     def abstract(self) -> Any:

@@ -9,7 +9,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
 
@@ -23,6 +22,7 @@ from re2tal_jax.data.sampling import POLICIES, Policy
 from re2tal_jax.detector import Detector
 from re2tal_jax.errors import CheckpointError, ConfigError
 from re2tal_jax.localizers import LOCALIZERS
+from re2tal_jax.seeds import Seeded
 from re2tal_jax.settings import Settings, SplitConfig
 from re2tal_jax.training.checkpoint import load_params
 from re2tal_jax.training.optim import Optimizer, Params, make_optimizer, recipe_rules
@@ -77,7 +77,7 @@ def make_detector(settings: Settings, *, rewired: bool | None = None) -> Callabl
         options["rewired"] = rewired
 
     def make() -> Detector:
-        rngs = nnx.Rngs(settings.seed)
+        rngs = Seeded(settings.seed)
         backbone = build(BACKBONES[settings.backbone["name"]], options, path="config.backbone", dtype=dtype, rngs=rngs)
         localizer = build(
             LOCALIZERS[settings.localizer["name"]],

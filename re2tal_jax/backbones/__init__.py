@@ -13,6 +13,7 @@ from flax import nnx
 
 from re2tal_jax.backbones import precomputed, resnet3d, slowfast, video_swin, vit
 from re2tal_jax.registry import Registry
+from re2tal_jax.seeds import Seeded
 
 NETWORKS = Registry("backbone", video_swin.VARIANTS, slowfast.VARIANTS, resnet3d.VARIANTS, vit.VARIANTS)
 BACKBONES = Registry("backbone", NETWORKS, precomputed.VARIANTS)
@@ -36,4 +37,4 @@ def build_backbone(name: str, *, rewired: bool = True, rngs: nnx.Rngs | None = N
     Raises:
         ConfigError: an unknown name (the nearest is named), or sizes that make no network.
     """
-    return NETWORKS[name](rewired=rewired, rngs=rngs or nnx.Rngs(0), **config)
+    return NETWORKS[name](rewired=rewired, rngs=Seeded(0) if rngs is None else rngs, **config)
