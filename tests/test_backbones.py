@@ -13,6 +13,7 @@ from checkpoints_convert.rules import flatten
 from re2tal_jax.backbones import BACKBONES, NETWORKS, build_backbone, list_backbones
 from re2tal_jax.errors import ConfigError
 from re2tal_jax.reversible import PLAIN, REWIRED, rewire
+from tests.parameters import drawn
 
 SMALL: dict[str, dict[str, Any]] = {  # by the beginning of the name: arguments of a network that runs in a moment
     "video_swin": {"embed_dim": 4, "depths": (2, 1), "num_heads": (1, 2), "window_size": (2, 3, 3)},
@@ -32,7 +33,7 @@ FAMILIES = sorted({family(name) for name in list_backbones()})
 
 def small(name: str, *, rewired: bool = True) -> Any:
     one = next(n for n in list_backbones() if family(n) == name)
-    return build_backbone(one, rewired=rewired, **SMALL[name])
+    return drawn(lambda: build_backbone(one, rewired=rewired, **SMALL[name]))
 
 
 @functools.partial(jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})

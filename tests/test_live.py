@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from checkpoints_convert.__main__ import main
 from checkpoints_convert.convert import plan_conversion
@@ -88,7 +89,7 @@ def our_gradients(network: Network, path: Path, loss: Any) -> tuple[Any, dict[st
     options = {key: value for key, value in conversion.network.config["backbone"].items() if key != "name"}
     with jax.enable_x64(True):
         params = {path: value.astype(np.float64) for path, value in conversion.parameters().items()}
-        backbone = build_backbone(network.backbone_name, **options, dtype=jnp.float64)
+        backbone = nnx.eval_shape(lambda: build_backbone(network.backbone_name, **options, dtype=jnp.float64))
         (_, outputs), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(fill(backbone, params))
     computed = conversion.spoken.dialect.computed
     named = {path: gradient for path, gradient in flatten(gradients).items() if path not in computed}

@@ -17,6 +17,7 @@ from re2tal_jax.backbones.vit import VisionTransformer
 from re2tal_jax.chunks import add_stretch, count_chunks, in_chunks, in_overlapping_chunks, read_stretch
 from re2tal_jax.diagnostics import diagnose
 from re2tal_jax.reversible import REWIRED, Wiring, rewire
+from tests.parameters import drawn
 
 FAST = {"xla_backend_optimization_level": 0}
 
@@ -209,7 +210,7 @@ def counts(network: str, workspace: int) -> list[int]:
     with pytest.MonkeyPatch.context() as patch:
         for kind in originals:
             patch.setattr(kind, "count", property(count))
-        jax.eval_shape(build(workspace, jnp.float32), jax.ShapeDtypeStruct(video, jnp.float32))
+        jax.eval_shape(drawn(lambda: build(workspace, jnp.float32)), jax.ShapeDtypeStruct(video, jnp.float32))
     return seen
 
 
@@ -218,9 +219,8 @@ def value_and_gradients(network: str, workspace: int, wiring: Wiring):
     """Of a loss of all features, for every parameter and the video, in float64."""
     build, size, _ = NETWORKS[network]
     with jax.enable_x64(True):
-        video = jax.random.normal(jax.random.key(1), size, jnp.float64)
-        graph, state = nnx.split(rewire(build(workspace), wiring))
-        state = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), state)
+        video = np.random.default_rng(1).normal(size=size)
+        graph, state = nnx.split(rewire(drawn(lambda: build(workspace), np.float64), wiring))
 
         def loss(state, video):
             features = jax.tree.leaves(nnx.merge(graph, state)(video, key=jax.random.key(7)))
@@ -247,8 +247,8 @@ def test_tiles_change_neither_values_nor_gradients(network, smallest):
 @pytest.mark.parametrize(("network", "chains"), [("video_swin", 2), ("vit", 1), ("slowfast", 3)])
 def test_low_precision_tiles_are_undone_exactly(network, chains):
     build, size, _ = NETWORKS[network]
-    model = build(1, jnp.bfloat16)
-    video = jax.random.normal(jax.random.key(1), size)
+    model = drawn(lambda: build(1, jnp.bfloat16))
+    video = jnp.asarray(np.random.default_rng(1).normal(size=size), jnp.float32)
 
     @jax.jit
     def run(video):
