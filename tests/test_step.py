@@ -53,6 +53,15 @@ def test_frozen_parameters_stay_bit_equal_and_others_move_after_the_first_step(p
     assert int(state.step) == 5
 
 
+def test_given_parameters_stand_in_the_place_of_drawn_ones_and_change_no_others(parts):
+    drawn = parts.spec.create()
+    given = {path: np.asarray(value) + 1 for path, value in drawn.params.items() if path.startswith("backbone.")}
+    state = parts.spec.create(given)
+    assert 0 < len(given) < len(drawn.params)
+    for params in (state.params, state.ema_params):
+        assert bits(params) == bits({**drawn.params, **given})
+
+
 def test_average_is_that_of_the_parameters_after_every_step(parts):
     state = parts.spec.create()
     name = "localizer.head.kernel"

@@ -4,7 +4,7 @@ A model is taken apart once: its structure is kept aside, its parameters become 
 array, which groups, shardings, checkpoints and reports all speak of.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,7 +115,8 @@ class StateSpec:
         """
         platform = next(iter(self.abstract.step.sharding.device_set)).platform
         options = QUICK_COMPILE if platform == "cpu" else None
-        draw = jax.jit(_initialiser(self.model, self.optimizer), out_shardings=self.shardings, compiler_options=options)
+        initialise = _initialiser(self.model, self.optimizer, frozenset(initial or ()))
+        draw = jax.jit(initialise, out_shardings=self.shardings, compiler_options=options)
         return draw() if not initial else self._with_parameters(draw(), initial)
 
     def _with_parameters(self, state: TrainState, initial: Mapping[str, np.ndarray]) -> TrainState:
@@ -139,11 +140,14 @@ def describe_state(model: Model, optimizer: Optimizer, mesh: Mesh, config: MeshC
     return StateSpec(model, optimizer, abstract)
 
 
-def _initialiser(model: Model, optimizer: Optimizer) -> Callable[[], TrainState]:
+def _initialiser(model: Model, optimizer: Optimizer, given: Set[str] = frozenset()) -> Callable[[], TrainState]:
+    """Return what draws a state; parameters that are `given` are 0 in it, as drawing them takes long to compile."""
+
     def initialise() -> TrainState:
         module = model.make()
         # A weakly typed leaf would compile the step twice: its output is strongly typed.
-        params = jax.tree.map(_strong, flatten_params(module))
+        drawn = jax.tree.map(_strong, flatten_params(module))
+        params = {path: jnp.zeros_like(value) if path in given else value for path, value in drawn.items()}
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
