@@ -127,13 +127,23 @@ class Rules:
     def targets_of(self, key: str) -> list[Target]:
         """Return where a key goes, by every rule that knows it."""
         found = []
-        for rule in self.rules:
-            for theirs, ours, layout in KINDS[rule.kind]:
-                match = _pattern(rule.torch + theirs).fullmatch(key)
-                if match is not None:
-                    module, part = _split_part(rule.ours)
-                    found.append(Target(_expand(module + ours, match), part, layout, rule.optional))
+        for head, tail, pattern, target in self._by_key:
+            if key.startswith(head) and key.endswith(tail) and (match := pattern.fullmatch(key)) is not None:
+                found.append(target._replace(path=_expand(target.path, match)))
         return found
+
+    @functools.cached_property
+    def _by_key(self) -> list[tuple[str, str, re.Pattern[str], Target]]:
+        """How keys begin and end, their pattern, and where they go, for every rule; most keys fit none."""
+        rows = []
+        for rule in self.rules:
+            module, part = _split_part(rule.ours)
+            for theirs, ours, layout in KINDS[rule.kind]:
+                template = rule.torch + theirs
+                pieces = _HOLE.split(template)
+                target = Target(module + ours, part, layout, rule.optional)
+                rows.append((pieces[0], pieces[-1], _pattern(template), target))
+        return rows
 
     def keys_of(self, path: str) -> list[tuple[str, tuple[int, int], Layout]]:
         """Return the PyTorch keys that make up a parameter of ours, in the order of their parts."""
