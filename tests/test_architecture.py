@@ -10,7 +10,7 @@ import re2tal_jax
 ROOT = Path(re2tal_jax.__file__).parent
 LAYERS = [
     (
-        *("types", "registry", "config", "command", "errors", "segments", "runs", "accelerators"),
+        *("types", "registry", "config", "command", "errors", "segments", "runs", "accelerators", "seeds"),
         *("activitynet_format", "weights", "progress", "locks", "torch_files"),
     ),
     ("exact", "tiling", "chunks", "reversible", "diagnostics"),

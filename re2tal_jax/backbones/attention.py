@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Shaped
 
 from re2tal_jax.backbones.layers import at_least_float32
 
@@ -22,7 +22,7 @@ def attend(
     k: Float[Array, "*B h N d"],
     v: Float[Array, "*B h N d"],
     bias: Float[Array, "h Q N"] | None = None,
-    regions: Int[Array, "*B N"] | None = None,
+    regions: Shaped[Array, "*B N"] | None = None,
 ) -> Float[Array, "*B h Q d"]:
     """Return for each query the mean of the values, weighted by a softmax in at least float32 over the keys.
 
@@ -31,7 +31,7 @@ def attend(
         k: keys.
         v: values.
         bias: added to the logits of a head; its gradient is summed in at least float32.
-        regions: tokens of different regions are kept apart; queries and keys are the same tokens.
+        regions: numbers; tokens of different regions are kept apart. Queries and keys are the same tokens.
     """
     return _forward(q, k, v, bias, regions)[0]
 

@@ -83,7 +83,7 @@ class WindowAttention(nnx.Module):
         return rearrange(self.relative_position_bias[...][index], "q k h -> h q k")
 
     def attend(
-        self, x: Float[Array, "n N C"], regions: Int[Array, "n N"] | None, bias: Float[Array, "h N N"]
+        self, x: Float[Array, "n N C"], regions: Float[Array, "n N"] | None, bias: Float[Array, "h N N"]
     ) -> Float[Array, "n N C"]:
         """Attend inside each of n windows of N tokens; tokens of different `regions` are kept apart."""
         q, k, v = rearrange(self.qkv(x), "n t (s h d) -> s n h t d", s=3, h=self.num_heads)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-from jaxtyping import Array, Int, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
 Size = tuple[int, int, int]
 
@@ -23,18 +23,16 @@ def clamp_window(size: Size, window: Size, shifted: bool) -> tuple[Size, Size]:
     return as_size(clamped), as_size(shift)
 
 
-def shift_regions(positions: Sequence[Int[Array, " _"]], size: Size, window: Size, shift: Size) -> Int[Array, "n N"]:
+def shift_regions(positions: Sequence[Int[Array, " _"]], size: Size, window: Size, shift: Size) -> Float[Array, "n N"]:
     """Number the regions that a cyclic shift has joined, for the n windows of a part of a padded, shifted input.
 
     Along a shifted axis the last `shift` positions came from the other end; an axis that is not shifted splits nothing.
     `positions` are those of the part in the shifted input of `size`, along each axis.
     """
-    regions = jnp.zeros([len(along) for along in positions], jnp.int32)
-    for axis, (along, length, moved) in enumerate(zip(positions, size, shift, strict=True)):
-        if moved:
-            wrapped = (along >= length - moved).astype(jnp.int32) << axis
-            regions = regions + jnp.expand_dims(wrapped, [a for a in range(3) if a != axis])
-    return to_windows(regions[None, ..., None], window)[..., 0]
+    wrapped = [along >= length - moved for along, length, moved in zip(positions, size, shift, strict=True)]
+    bits = jnp.stack(jnp.meshgrid(*wrapped, indexing="ij"), axis=-1)[None].astype(jnp.float32)
+    # By a product: what is no product, XLA computes on a CPU anew for each pair of tokens that is compared.
+    return to_windows(bits, window) @ jnp.array([1, 2, 4], jnp.float32)
 
 
 def to_windows(x: Shaped[Array, "B T H W C"], window: Size) -> Shaped[Array, "n N C"]:
