@@ -339,12 +339,13 @@ def table(measured: Mapping[str, Measured]) -> str:
 
 
 def ratios(contestants: Sequence[Contestant], measured: Mapping[str, Measured]) -> Iterator[tuple[str, float]]:
-    """Yield (name, value): each of our rewired ones against all that are not, in the fastest step, then in memory."""
+    """Yield (name, value): each of our rewired ones against all that are not, in steps, then in memory."""
     present = [c for c in contestants if c.title in measured]
     for ours in (c for c in present if c.ours and c.rewired):
         for other in (c for c in present if not (c.ours and c.rewired)):
             a, b = measured[ours.title], measured[other.title]
             yield f"{ours.title} / {other.title}, fastest step", a.fastest / b.fastest
+            yield f"{ours.title} / {other.title}, median step", a.median / b.median
             yield f"{ours.title} / {other.title}, peak memory", a.memory / b.memory
 
 

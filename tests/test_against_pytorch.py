@@ -206,8 +206,10 @@ def test_figures_of_every_contestant_and_the_ratios_that_matter(tmp_path):
     }
     assert dict(ratios(contestants, measured)) == {
         "mine / theirs, fastest step": 0.5,
+        "mine / theirs, median step": 0.5,
         "mine / theirs, peak memory": 0.5,
         "mine / mine plain, fastest step": 0.25,
+        "mine / mine plain, median step": 0.3125,
         "mine / mine plain, peak memory": 0.25,
     }
     assert [line.split() for line in table(measured).splitlines()][1] == ["theirs", "4.000", "5.000", "400", "300", "-"]
