@@ -1,6 +1,6 @@
-"""ActivityNet-1.3 with Re2 SlowFast-101 and ActionFormer: the recipe of Re2TAL (arXiv 2211.14053) as OpenTAD ran it.
+r"""ActivityNet-1.3 with Re2 SlowFast-101 and ActionFormer: the recipe of Re2TAL (arXiv 2211.14053) as OpenTAD ran it.
 
-    .venv/bin/python -m re2tal_jax.main --config configs/anet_slowfast101.py
+    .venv/bin/python -m re2tal_jax.main --config configs/anet_slowfast101.py \
         --config.data.annotations=… --config.data.videos=…
 
 Whole videos as 768 frames at 224 x 224, one class and an external classifier, 15 epochs. docs/data.md says where each

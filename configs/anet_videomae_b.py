@@ -1,6 +1,6 @@
-"""ActivityNet-1.3 with a rewired VideoMAE ViT-B and ActionFormer: Re2TAL's wiring on the backbone of AdaTAD's recipes.
+r"""ActivityNet-1.3 with a rewired VideoMAE ViT-B and ActionFormer: Re2TAL's wiring on the backbone of AdaTAD's recipes.
 
-    .venv/bin/python -m re2tal_jax.main --config configs/anet_videomae_b.py
+    .venv/bin/python -m re2tal_jax.main --config configs/anet_videomae_b.py \
         --config.data.annotations=… --config.data.videos=…
 
 Whole videos as 768 frames at 160 x 160, attended to in clips of 16; one class and an external classifier; 15 epochs,

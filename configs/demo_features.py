@@ -1,7 +1,7 @@
-"""The demo's localizer on features of the demo's videos: what an end-to-end run is compared with.
+r"""The demo's localizer on features of the demo's videos: what an end-to-end run is compared with.
 
     make demo
-    .venv/bin/python -m re2tal_jax.main --config configs/demo.py --workdir runs/demo
+    .venv/bin/python -m re2tal_jax.main --config configs/demo.py --workdir runs/demo \
         --mode extract --out runs/demo/features
     .venv/bin/python -m re2tal_jax.main --config configs/demo_features.py
 

@@ -1,6 +1,6 @@
-"""THUMOS-14 with Re2 SlowFast-101 and ActionFormer: the recipe of Re2TAL (arXiv 2211.14053) as OpenTAD ran it.
+r"""THUMOS-14 with Re2 SlowFast-101 and ActionFormer: the recipe of Re2TAL (arXiv 2211.14053) as OpenTAD ran it.
 
-    .venv/bin/python -m re2tal_jax.main --config configs/thumos_slowfast101.py
+    .venv/bin/python -m re2tal_jax.main --config configs/thumos_slowfast101.py \
         --config.data.annotations=… --config.data.videos=…
 
 Windows of 512 snippets, two frames each, every second frame of the video, at 224 x 224; 20 classes; 120 epochs of a

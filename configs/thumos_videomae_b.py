@@ -1,6 +1,6 @@
-"""THUMOS-14 with a rewired VideoMAE ViT-B and ActionFormer: Re2TAL's wiring on the backbone of AdaTAD's recipes.
+r"""THUMOS-14 with a rewired VideoMAE ViT-B and ActionFormer: Re2TAL's wiring on the backbone of AdaTAD's recipes.
 
-    .venv/bin/python -m re2tal_jax.main --config configs/thumos_videomae_b.py
+    .venv/bin/python -m re2tal_jax.main --config configs/thumos_videomae_b.py \
         --config.data.annotations=… --config.data.videos=…
 
 Windows of 768 frames, every fourth of the video, at 160 x 160, attended to in clips of 16; 20 classes; 60 epochs of a

@@ -29,8 +29,10 @@ def claim(path: Path, *, work: str, option: str) -> BinaryIO:
             file = path.open("a+b")
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                     return file
+            except FileNotFoundError:
+                pass
             except BaseException:
                 file.close()
                 raise

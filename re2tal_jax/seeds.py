@@ -1,6 +1,7 @@
 """Random keys for initial parameters."""
 
 from collections.abc import Callable
+from typing import Any, NoReturn
 
 import jax
 from flax import nnx
@@ -8,7 +9,7 @@ from jaxtyping import PRNGKeyArray
 
 
 class Seeded(nnx.Rngs):
-    """The keys of `nnx.Rngs(seed)`, whatever stream is asked for, counted in Python.
+    """The keys of `nnx.Rngs(seed)` for constructors, whatever stream they ask for, counted in Python.
 
     nnx counts in a variable. In a trace, where networks are built without arrays, its every change looks through all
     that was traced before: seconds for a network of a thousand parameters.
@@ -16,6 +17,18 @@ class Seeded(nnx.Rngs):
 
     def __init__(self, seed: int):
         self._seed, self._count = seed, 0
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __getitem__(self, name: str) -> "Seeded":
+        return self
+
+    def fork(self, *_: Any, **__: Any) -> NoReturn:
+        """Raise TypeError: what keeps streams, as `nnx.Dropout` does, needs `nnx.Rngs`."""
+        raise TypeError("Seeded keys are for constructors alone: give nnx.Rngs to a module that keeps its streams.")
+
+    split = fork
 
     def __getattr__(self, name: str) -> Callable[[], PRNGKeyArray]:
         """Return the stream of this name: all are one."""

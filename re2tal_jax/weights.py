@@ -29,6 +29,13 @@ def holds_weights(directory: Path) -> bool:
     return (Path(directory) / PARAMS).is_file()
 
 
+def holds_parameters(directory: Path) -> bool:
+    """Tell whether there are parameters: weights, or checkpoints of a run, whose folder or their own this may be."""
+    steps = Path(directory) / "checkpoints"
+    steps = steps if steps.is_dir() else Path(directory)
+    return holds_weights(directory) or any(path.name.isdigit() for path in steps.glob("*"))
+
+
 def load_weights(directory: Path) -> dict[str, np.ndarray]:
     """Return the parameters by path.
 

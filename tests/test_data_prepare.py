@@ -242,7 +242,8 @@ def test_a_video_of_the_same_name_is_not_taken_for_the_one_that_is_there(tmp_pat
     assert run(tmp_path / "day 0", "--out", tmp_path / "out", *FLAGS) == 1
     assert "has changed since" in capsys.readouterr().err
     (tmp_path / "out" / "a.mp4").unlink()
-    assert run(tmp_path / "day 0", "--out", tmp_path / "out", *FLAGS) == 0
+    for _ in range(2):  # the second finds what the first has written behind the line that was cut short
+        assert run(tmp_path / "day 0", "--out", tmp_path / "out", *FLAGS) == 0
 
 
 def test_what_cannot_be_done_is_told(tmp_path, capsys):

@@ -1,3 +1,5 @@
+import tracemalloc
+
 import hypothesis.strategies as st
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ from re2tal_jax.errors import ConfigError, DataError
 from re2tal_jax.external_classifier import ExternalClassifier, ExternalClassifierConfig
 from re2tal_jax.nms import NMSConfig
 from re2tal_jax.postprocess import Gathering, PostprocessConfig, postprocess
-from re2tal_jax.types import SnippetGrid
+from re2tal_jax.types import Detections, SnippetGrid
 from tests.parity import postproc as parity
 from tests.parity.__main__ import load
 
@@ -81,6 +83,19 @@ def test_windows_suppressed_one_by_one_cannot_be_gathered():
     assert gather([window], KEEP_ALL) is window
     with pytest.raises(ConfigError, match=r"v_1 has 2 windows but .*suppress_in = 'window'.* set it to 'video'"):
         gather([window, window], KEEP_ALL)
+
+
+def test_a_candidate_that_waits_for_the_last_window_takes_16_bytes():
+    config, count = PostprocessConfig(suppress_in="video"), 20_000
+    labels = tuple(CLASSES[i % 2] for i in range(count))
+    window = Detections(segments_sec=np.zeros((count, 2)), labels=labels, scores=np.zeros(count))
+    gathering = Gathering("v_1", config)
+    tracemalloc.start()
+    for _ in range(5):
+        gathering.add(window)
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 17 * 5 * count
 
 
 def test_without_suppression_windows_are_joined():

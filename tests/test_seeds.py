@@ -25,6 +25,13 @@ def test_a_trace_draws_the_same_keys():
         np.testing.assert_array_equal(got, want)
 
 
+def test_it_is_true_and_no_stream_to_keep():
+    assert Seeded(0)
+    np.testing.assert_array_equal(*(jax.random.key_data(rngs["noise"]()) for rngs in (Seeded(2), nnx.Rngs(2))))
+    with pytest.raises(TypeError, match=r"give nnx\.Rngs"):
+        nnx.Dropout(0.5, rngs=Seeded(0))
+
+
 def test_what_python_asks_of_an_object_is_no_stream():
     with pytest.raises(AttributeError, match="__array__"):
         Seeded(0).__array__  # noqa: B018

@@ -8,7 +8,7 @@ from flax import nnx
 
 from re2tal_jax.errors import CheckpointError, ConfigError
 from re2tal_jax.training.sharding import MeshConfig, put_batch
-from re2tal_jax.training.state import describe_model, flatten_params
+from re2tal_jax.training.state import describe_model, flatten_params, initialiser
 from re2tal_jax.training.step import accumulate, make_eval_step
 from tests.training_stand_in import HW, Backbone, Loader, StandIn, bits, make_parts, preprocess
 
@@ -60,6 +60,21 @@ def test_given_parameters_stand_in_the_place_of_drawn_ones_and_change_no_others(
     assert 0 < len(given) < len(drawn.params)
     for params in (state.params, state.ema_params):
         assert bits(params) == bits({**drawn.params, **given})
+
+
+def test_given_parameters_are_not_drawn(parts):
+    flops = []
+    for given in (frozenset(), frozenset(parts.spec.model.parameters)):
+        initialise = jax.jit(initialiser(parts.spec.model, parts.spec.optimizer, given))
+        flops.append(initialise.lower().compile().cost_analysis().get("flops", 0))
+    assert flops[0] > 0
+    assert flops[1] == 0
+
+
+def test_given_parameters_of_another_model_are_named_before_anything_is_drawn(parts, monkeypatch):
+    monkeypatch.setattr(jax, "jit", None)
+    with pytest.raises(CheckpointError, match=r"head\.kernal is no parameter of the model\. Did you mean"):
+        parts.spec.create({"localizer.head.kernal": np.zeros(1, np.float32)})
 
 
 def test_average_is_that_of_the_parameters_after_every_step(parts):

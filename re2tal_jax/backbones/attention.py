@@ -32,6 +32,8 @@ def attend(
         v: values.
         bias: added to the logits of a head; its gradient is summed in at least float32.
         regions: numbers; tokens of different regions are kept apart. Queries and keys are the same tokens.
+
+    It has a derivative in reverse alone: `jax.jvp` and what builds on it raise.
     """
     return _forward(q, k, v, bias, regions)[0]
 
@@ -48,16 +50,15 @@ def _forward(q: Array, k: Array, v: Array, bias: Array | None, regions: Array | 
     total = weights.sum(axis=-1, keepdims=True)
     weights = weights.astype(v.dtype)
     result = jnp.einsum("...qk,...kd->...qd", weights, v, preferred_element_type=precise) / total
-    result = result.astype(v.dtype)
-    return result, (q, k, v, bias, weights, total, result)
+    return result.astype(v.dtype), (q, k, v, bias, weights, total, result)
 
 
 def _backward(residuals: Any, dresult: Array) -> tuple[Array | None, ...]:
     q, k, v, bias, weights, total, result = residuals
     precise = total.dtype
-    dresult = dresult.astype(precise) / total
-    rows = (dresult * result.astype(precise)).sum(axis=-1, keepdims=True)
-    dresult = dresult.astype(v.dtype)
+    dresult = (dresult.astype(precise) / total).astype(v.dtype)
+    # Of the rounded dresult, as dweights are: what all values have in common then cancels in their difference.
+    rows = (dresult.astype(precise) * result).sum(axis=-1, keepdims=True)
     dv = jnp.einsum("...qk,...qd->...kd", weights, dresult)
     dweights = jnp.einsum("...qd,...kd->...qk", dresult, v, preferred_element_type=precise)
     dlogits = weights.astype(precise) * (dweights - rows)

@@ -31,7 +31,7 @@ def shift_regions(positions: Sequence[Int[Array, " _"]], size: Size, window: Siz
     """
     wrapped = [along >= length - moved for along, length, moved in zip(positions, size, shift, strict=True)]
     bits = jnp.stack(jnp.meshgrid(*wrapped, indexing="ij"), axis=-1)[None].astype(jnp.float32)
-    # By a product: what is no product, XLA computes on a CPU anew for each pair of tokens that is compared.
+    # A product is not fused into what uses it; a sum would be, and on a CPU computed anew for every pair of tokens.
     return to_windows(bits, window) @ jnp.array([1, 2, 4], jnp.float32)
 
 

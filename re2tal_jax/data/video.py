@@ -146,8 +146,8 @@ def read_frames(
 class OpenVideo:
     """A video that one thread reads from again and again; a context that closes it.
 
-    The file is opened, and its index read, at the first frames and no more: of the windows of a long video each then
-    costs what its own frames cost, and one that begins where the last one ended is decoded on from there.
+    Its index is read once, at the first frames: of the windows of a long video each then costs what its own frames
+    cost. A window that begins where the last one ended is decoded on from there, for another PyAV opens the file again.
 
     Attributes:
         info: what `probe` tells.
@@ -227,7 +227,7 @@ class OpenVideo:
         self._opened.close()
 
     def _read(self, unique: Int[np.ndarray, " F"], size: tuple[int, int], reader: Reader) -> np.ndarray:
-        sparse = unique[-1] - unique[0] >= SPARSE * len(unique)
+        sparse = len(unique) > 1 and unique[-1] - unique[0] >= SPARSE * (len(unique) - 1)
         if reader == "decord" or (reader == "auto" and sparse and not self._decord_fails):
             try:
                 return self._read_decord(unique, size)
@@ -304,10 +304,10 @@ class _InOrder:
 
     def __init__(self, path: Video, num_frames: int):
         self._path, self._num_frames = path, num_frames
-        self._index = _index(path)
         self._container: InputContainer | None = None
         self._decoding: Iterator[tuple[int, av.VideoFrame]] = iter(())
         self._last = -1
+        self._index = _index(path)
 
     def close(self) -> None:
         """Close the file; the next frames open it again."""

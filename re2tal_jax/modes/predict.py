@@ -39,7 +39,7 @@ from re2tal_jax.training.compile_cache import compile_cache
 from re2tal_jax.training.metrics import MIB, peak_memory
 from re2tal_jax.training.sharding import initialise_distributed, open_mesh
 from re2tal_jax.types import Detections
-from re2tal_jax.weights import holds_weights
+from re2tal_jax.weights import holds_parameters
 
 log = logging.getLogger(__name__)
 
@@ -324,8 +324,7 @@ def _write_text(path: Path, text: str) -> None:
 
 def _check_trained(workdir: Path) -> None:
     """Raise CheckpointError for a folder in which nothing was trained yet; damage is told by those who read it."""
-    saved = workdir if workdir.name == "checkpoints" else workdir / "checkpoints"
-    if not holds_weights(workdir) and not any(path.name.isdigit() for path in saved.glob("*")):
+    if not holds_parameters(workdir):
         raise CheckpointError(
             f"{workdir} holds no trained detector. Train one first (the same config and --workdir with --mode train), "
             "or name a run's folder, or converted parameters, with --checkpoint DIR."

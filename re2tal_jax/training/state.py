@@ -112,15 +112,19 @@ class StateSpec:
         """Return the state before the first step; every device computes only its part.
 
         `initial` replaces freshly drawn parameters, by path, with given values (a pretrained backbone, say).
+
+        Raises:
+            CheckpointError: given values that are not exactly parameters of the model.
         """
+        initial = initial or {}
+        check_parameters({path: (value.shape, value.dtype) for path, value in initial.items()}, self.model.parameters)
         platform = next(iter(self.abstract.step.sharding.device_set)).platform
         options = QUICK_COMPILE if platform == "cpu" else None
-        initialise = _initialiser(self.model, self.optimizer, frozenset(initial or ()))
+        initialise = initialiser(self.model, self.optimizer, frozenset(initial))
         draw = jax.jit(initialise, out_shardings=self.shardings, compiler_options=options)
-        return draw() if not initial else self._with_parameters(draw(), initial)
+        return self._with_parameters(draw(), initial) if initial else draw()
 
     def _with_parameters(self, state: TrainState, initial: Mapping[str, np.ndarray]) -> TrainState:
-        check_parameters({path: (value.shape, value.dtype) for path, value in initial.items()}, self.model.parameters)
         given = {path: jax.device_put(value, state.params[path].sharding) for path, value in initial.items()}
         copies = {path: jax.device_put(value, state.params[path].sharding) for path, value in initial.items()}
         return TrainState(
@@ -134,13 +138,13 @@ class StateSpec:
 
 def describe_state(model: Model, optimizer: Optimizer, mesh: Mesh, config: MeshConfig) -> StateSpec:
     """Work out shape, dtype and place of everything a run keeps, without allocating it."""
-    shapes = jax.eval_shape(_initialiser(model, optimizer))
+    shapes = jax.eval_shape(initialiser(model, optimizer))
     shardings = state_shardings(shapes, parameter_shardings(model.shapes, mesh, config), mesh)
     abstract = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings)
     return StateSpec(model, optimizer, abstract)
 
 
-def _initialiser(model: Model, optimizer: Optimizer, given: Set[str] = frozenset()) -> Callable[[], TrainState]:
+def initialiser(model: Model, optimizer: Optimizer, given: Set[str] = frozenset()) -> Callable[[], TrainState]:
     """Return what draws a state; parameters that are `given` are 0 in it, as drawing them takes long to compile."""
 
     def initialise() -> TrainState:

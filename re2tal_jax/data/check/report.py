@@ -120,8 +120,8 @@ def histogram(subsets: Sequence[Subset]) -> str:
     for exponent in range(low, high + 1):
         count = bins[0][exponent]
         bar = "#" * math.ceil(_BAR * count / most)
-        span = f"{2.0**exponent:g} to {2.0 ** (exponent + 1):g} s" if exponent > -5 else f"below {2.0**-4:g} s"
-        rows.append((span, *(f"{part[exponent]:,}" for part in bins), bar))
+        edges = f"{2.0**exponent:g} to {2.0 ** (exponent + 1):g} s" if exponent > -5 else f"below {2.0**-4:g} s"
+        rows.append((edges, *(f"{part[exponent]:,}" for part in bins), bar))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
     return "\n".join(
         "  ".join(

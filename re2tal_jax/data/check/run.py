@@ -18,7 +18,7 @@ from re2tal_jax.data.findings import counted
 from re2tal_jax.data.sampling import POLICIES, Policy
 from re2tal_jax.data.video_folder import VideoFolder
 from re2tal_jax.errors import ConfigError, DataError
-from re2tal_jax.weights import holds_weights
+from re2tal_jax.weights import holds_parameters
 
 
 def check(config: Mapping[str, Any], *, workers: int) -> Report:
@@ -130,8 +130,7 @@ def _checkpoint(backbone: Mapping[str, Any]) -> Iterable[Problem]:
     if not isinstance(name, str):
         return
     folder = Path(name)
-    steps = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
-    if holds_weights(folder) or (steps.is_dir() and any(entry.name.isdigit() for entry in steps.iterdir())):
+    if holds_parameters(folder):
         return
     what = "holds neither converted weights nor a run's checkpoints" if folder.is_dir() else "is no folder"
     yield from problem(

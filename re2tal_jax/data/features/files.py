@@ -69,10 +69,11 @@ def check_folder(folder: str) -> None:
         return
     what = "Feature file" if one_file else "Feature folder"
     state = "does not exist" if not path.exists() else "is a folder" if one_file else "is no folder"
-    make = f"python -m re2tal_jax.main --config FILE --mode extract{'' if one_file else f' --out {folder}'}"
+    out = f"{path.with_suffix('')}, and name that folder" if one_file else folder
     raise DataError(
         f"{what} {folder} {state} (option features.folder). Extract features from the videos, with a config that has "
-        f"a backbone: {make}; or fetch published ones: docs/features.md."
+        f"a backbone: python -m re2tal_jax.main --config FILE --mode extract --out {out}; or fetch published ones: "
+        "docs/features.md."
     )
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,8 +51,12 @@ class Record:
         """Write what a video was made of."""
         name = self._name(target)
         self._made[name] = made
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"video": name, **dataclasses.asdict(made)}) + "\n")
+        line = json.dumps({"video": name, **dataclasses.asdict(made)}) + "\n"
+        with self._path.open("a+b") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                line = line if file.read() == b"\n" else "\n" + line  # a kill cut the last one short
+            file.write(line.encode())
 
     def jumps(self, target: Path) -> tuple[str, ...]:
         """Return where the timestamps of a video's source jumped."""
