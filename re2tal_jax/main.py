@@ -100,6 +100,14 @@ def read_command(arguments: Sequence[str]) -> Command:
     return Command(read_config(known.config, overrides), mode, workdir, chosen)
 
 
+def without_traceback(record: logging.LogRecord) -> bool:
+    """Put what jax failed at in one line: each plugin without its accelerator would be twenty; a logging filter."""
+    if record.exc_info and record.name.partition(".")[0] == "jax":
+        record.msg, record.args = f"{record.getMessage()}: {record.exc_info[1]}", ()
+        record.exc_info = record.exc_text = None
+    return True
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do what the command line asks for and return the exit code; log and results go to stdout.
 
@@ -112,6 +120,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     for chatty in ("jax", "absl"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(without_traceback)
     try:
         command = read_command(sys.argv[1:] if arguments is None else arguments)
         settings = read_settings(command.config)

@@ -1,6 +1,7 @@
 """The command line: one real run with all that it leaves, its exact continuation after a kill, and wrong arguments."""
 
 import json
+import logging
 import re
 import shutil
 import signal
@@ -12,7 +13,7 @@ import pytest
 from re2tal_jax.activitynet_format import read_activitynet
 from re2tal_jax.evaluation import detection_map
 from re2tal_jax.experiment import draw_blueprint, resolved_config
-from re2tal_jax.main import read_command
+from re2tal_jax.main import read_command, without_traceback
 from re2tal_jax.settings import read_settings
 from re2tal_jax.training.checkpoint import CheckpointConfig, Checkpoints
 from re2tal_jax.training.sharding import make_mesh
@@ -116,6 +117,18 @@ def test_another_process_evaluates_the_run_on_other_devices(tmp_path, run_folder
     best = max(line.get("eval/average_mAP", 0.0) for line in read_jsonl(workdir / "metrics.jsonl"))
     found = float(re.search(r"mAP \(%\) .* ([\d.]+)\n", done.out)[1])
     assert found == pytest.approx(100 * best, abs=1.0)  # other sums, other roundings of scores to 4 decimals
+
+
+@pytest.mark.parametrize("name", ["jax._src.xla_bridge", "re2tal_jax.data", "jaxtyping"])
+def test_a_traceback_of_jax_becomes_a_line_and_others_stay(name, caplog):
+    with caplog.filtering(without_traceback):
+        try:
+            raise RuntimeError("no CUDA here")
+        except RuntimeError:
+            logging.getLogger(name).exception("plugin %s failed", "cuda12")
+    of_jax = name.startswith("jax.")
+    assert caplog.messages == ["plugin cuda12 failed" + (": no CUDA here" if of_jax else "")]
+    assert ("Traceback" in caplog.text) is not of_jax
 
 
 def test_both_ways_to_write_an_override_are_read_and_typed(tmp_path, tiny_data):
