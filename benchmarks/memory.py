@@ -21,8 +21,10 @@ COMPILED_FOR = {"cpu": "CPU", "h100": "an H100", "v5e": "a TPU v5e"}
 
 def stage_memory(targets: Sequence[str]) -> Iterator[Row]:
     """Compile the shallow and the deep stage, ordinary and rewired, for every target."""
+    # Absent devices first: once JAX has started without them it knows them no more.
+    devices = {target: absent_devices(target)[0] for target in targets if target != "cpu"}
     for target in targets:
-        device = jax.devices("cpu")[0] if target == "cpu" else absent_devices(target)[0]
+        device = jax.devices("cpu")[0] if target == "cpu" else devices[target]
         for name, rewired in (("ordinary", False), ("rewired", True)):
             for depth in (SHALLOW, DEEP):
                 setting = f"{depth} blocks, {name}, for {COMPILED_FOR[target]}"

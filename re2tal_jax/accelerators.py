@@ -167,12 +167,18 @@ def absent_devices(target: str) -> Sequence[jax.Device]:
         raise ConfigError(f"target {target!r} needs the compiler packages: pip install 're2tal-jax[aot]'.")
     if wanted.is_gpu:
         os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # no libraries whose versions matter
-        return topologies.get_topology_desc(
-            platform="cuda",
-            topology_name=target,
-            target_config=_GPUS[wanted.kind].target_config(),
-            topology=f"1x1x{wanted.count}",
-        ).devices
+        try:
+            return topologies.get_topology_desc(
+                platform="cuda",
+                topology_name=target,
+                target_config=_GPUS[wanted.kind].target_config(),
+                topology=f"1x1x{wanted.count}",
+            ).devices
+        except NotImplementedError as error:
+            raise ConfigError(
+                f"target {target!r}: JAX has started without its GPU compiler, as it found no CUDA libraries. Ask for "
+                "absent devices before any others, or start Python with JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1."
+            ) from error
     # No metadata server is asked what machine this is, and libtpu is not told to look for chips of this one.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
