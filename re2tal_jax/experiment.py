@@ -250,6 +250,11 @@ def backbone_parameters(
     Raises:
         CheckpointError: as `initial_parameters`.
     """
+    if not directory.is_dir():
+        raise CheckpointError(
+            f"{named_by} = {str(directory)!r} is no folder: give a run's workdir, its checkpoints folder, or one that "
+            "python -m checkpoints_convert wrote; config.backbone.checkpoint = None starts from random weights."
+        )
     saved = load_params(directory, which="ema", step=step)
     backbone = {path: value for path, value in saved.items() if path.startswith(_BACKBONE)}
     missing = [path for path in model.parameters if path.startswith(_BACKBONE) and path not in backbone]

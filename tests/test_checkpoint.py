@@ -107,7 +107,8 @@ def test_another_architecture_is_refused_with_every_difference_named(tmp_path, s
     with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints, pytest.raises(CheckpointError) as error:
         checkpoints.restore(spec.abstract)
     text = str(error.value)
-    assert "belongs to another architecture, 4 differences" in text
+    assert "belongs to another architecture. Resume" in text
+    assert " 4 differences:\n" in text
     assert f"params lacks {NAME} (3, 16). Did you mean 'backbone.projection.kernel'" in text
     assert "params has backbone.projection.kernel (3, 16), which the model lacks. Did you mean" in text
     assert "params: localizer.head.kernel has shape (16, 3), the model (16, 2)" in text

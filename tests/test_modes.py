@@ -94,7 +94,7 @@ def test_a_finished_run_says_so_and_changes_nothing(copied, config, caplog):
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_another_architecture_is_refused_and_changes_nothing(copied, config, mode):
     before = content(copied)
-    with pytest.raises(CheckpointError, match=r"backbone\.stages\.0\.blocks\.0\.attn\.qkv\.kernel.*\(8, 24\).*16, 48"):
+    with pytest.raises(CheckpointError, match=r"patch_embed\.proj\.kernel has .*1, 4, 4, 3, 8\).*1, 4, 4, 3, 16"):
         run_mode(mode, changed(config, backbone__embed_dim=16), copied)
     assert content(copied) == before
 
@@ -204,7 +204,7 @@ def test_a_converted_backbone_trains_and_a_converted_detector_is_evaluated(tmp_p
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"checkpoint": "{tmp}/nowhere"}, "nowhere is no folder"),
+        ({"checkpoint": "{tmp}/nowhere"}, "nowhere' is no folder"),
         ({"checkpoint": "{trained}", "embed_dim": 16}, "holds another backbone.*qkv.kernel has shape"),
         ({"checkpoint": "{trained}", "depths": (4,)}, "holds another backbone.*It lacks 26 parameters"),
         (

@@ -344,10 +344,10 @@ def _check_alike(manager: ocp.CheckpointManager, step: int, wanted: Mapping[str,
             elif np.dtype(saved[path].dtype) != np.dtype(tree[path].dtype):
                 problems.append(f"{item}: {path} is {saved[path].dtype}, the model {np.dtype(tree[path].dtype)}")
     if problems:
-        shown = "\n  ".join(problems[:20]) + ("" if len(problems) <= 20 else f"\n  … and {len(problems) - 20} more")
+        shown = "\n  ".join(problems[:8]) + ("" if len(problems) <= 8 else f"\n  … and {len(problems) - 8} more")
         raise CheckpointError(
-            f"{manager.directory}/{step} belongs to another architecture, {len(problems)} differences:\n  {shown}\n"
-            "Resume with the configuration it was saved with, or use a new workdir."
+            f"{manager.directory}/{step} belongs to another architecture. Resume with the configuration it was saved "
+            f"with, or start a new run with another --workdir. {len(problems)} differences:\n  {shown}"
         )
 
 

@@ -39,7 +39,11 @@ class Duration:
     def __post_init__(self):
         given = [value for value in (self.steps, self.epochs) if value is not None]
         if len(given) != 1:
-            raise ConfigError(f"a duration has exactly one of steps and epochs; got {self.steps} and {self.epochs}.")
+            raise ConfigError(
+                f"a duration has exactly one of steps and epochs; got steps = {self.steps} and epochs = {self.epochs}. "
+                "To count in the other one set this to None, as in --config.loop.stop.steps=100 "
+                "--config.loop.stop.epochs=None."
+            )
         if not (math.isfinite(given[0]) and given[0] >= 0):
             raise ConfigError(f"a duration of {given[0]} is not allowed: it must be finite and >= 0.")
 

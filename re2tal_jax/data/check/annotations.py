@@ -309,7 +309,8 @@ def _shorter_than_a_snippet(subset: Subset, lengths: list[tuple[Segment, float]]
     if not found:
         return
     part, policy = len(found) / len(lengths), subset.policy
-    short = max(float(np.quantile([length for _, length in lengths], MANY_SHORT)), 1e-3)  # in snippets
+    # In snippets; the lower of two neighbours, as all but 5 % are to be longer.
+    short = max(float(np.quantile([length for _, length in lengths], MANY_SHORT, method="lower")), 1e-3)
     if isinstance(policy, StridedPolicy):
         stride = max(math.floor(policy.snippet_stride * short + _EPSILON), 1)
         advice = f"lower config.{subset.section}.policy.snippet_stride from {policy.snippet_stride} to {stride}"
@@ -325,8 +326,8 @@ def _shorter_than_a_snippet(subset: Subset, lengths: list[tuple[Segment, float]]
         "warning" if part >= MANY_SHORT else "note",
         "shorter_than_snippet",
         list(map(str, found)),
-        f"{subset.name}: {share(found, lengths, 'segments', 'is', 'are')} ({part:.1%}) shorter than a snippet of "
-        f"config.{subset.section}; what falls between two points is hardly ever found.",
+        f"{subset.name}: {share(found, lengths, 'segments', 'is', 'are')} shorter than a snippet of "
+        f"config.{subset.section} ({part:.1%}); what falls between two points is hardly ever found.",
         f"For all but 5 % to have a snippet: {advice}." if part >= MANY_SHORT else "",
     )
 
@@ -388,7 +389,8 @@ def _classes(train: Subset, evaluation: Subset) -> Iterator[Problem]:
         only_scored,
         f"{share(only_scored, classes, 'classes', 'has', 'have')} segments in {evaluation.name} and none in "
         f"{train.name}: nothing can be learnt, and the AP is 0.",
-        "Annotate some for training, or split the videos so that each class is in both.",
+        "Annotate some for training, or give each video its subset (of a CSV a column: training, validation) so that "
+        "each class is in both.",
     )
     only_trained = [f"{name} ({trained[name]})" for name in classes if trained[name] and not scored[name]]
     yield from problem(
