@@ -98,7 +98,7 @@ def test_parameters_and_config_load_alone_averaged_or_raw_best_or_latest(tmp_pat
         load_params(tmp_path / "nowhere")
 
 
-def test_another_architecture_is_refused_with_every_difference_named(tmp_path, spec, state):
+def test_another_architecture_is_refused_with_its_differences_named(tmp_path, spec, state):
     other = dict(state.params)
     other["backbone.projection.kernel"] = other.pop(NAME)
     other["localizer.head.kernel"] = jnp.zeros((16, 3))

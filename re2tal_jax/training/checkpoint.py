@@ -158,8 +158,8 @@ class Checkpoints:
         """Return a checkpoint's content, arrays placed as `abstract` says (on another mesh than they were saved from).
 
         Raises:
-            CheckpointError: no checkpoint, an unreadable one, one of another architecture or dtype (every difference
-                named), or one of a run with another number of processes.
+            CheckpointError: no checkpoint, an unreadable one, one of another architecture or dtype (the first
+                differences named), or one of a run with another number of processes.
         """
         step = self._step(step)
         wanted = _items(abstract)
