@@ -66,10 +66,14 @@ def resolved_config(settings: Settings) -> dict[str, Any]:
     return config
 
 
+BEHIND_BACKBONE = 1  # the part of a seed's keys that localizer and snippet head are drawn from
+
+
 def make_detector(settings: Settings, *, rewired: bool | None = None) -> Callable[[], Detector]:
     """Return the constructor of the detector, its parameters drawn from the config's seed.
 
-    `rewired` overrides the config's choice (to compare both).
+    `rewired` overrides the config's choice (to compare both). What is behind the backbone starts from the same values
+    whatever the backbone: one seed compares frames with features, or two backbones, and nothing else.
     """
     dtype = jnp.dtype(settings.compute_dtype)
     options = {key: value for key, value in settings.backbone.items() if key not in ("name", "checkpoint")}
@@ -77,8 +81,14 @@ def make_detector(settings: Settings, *, rewired: bool | None = None) -> Callabl
         options["rewired"] = rewired
 
     def make() -> Detector:
-        rngs = Seeded(settings.seed)
-        backbone = build(BACKBONES[settings.backbone["name"]], options, path="config.backbone", dtype=dtype, rngs=rngs)
+        backbone = build(
+            BACKBONES[settings.backbone["name"]],
+            options,
+            path="config.backbone",
+            dtype=dtype,
+            rngs=Seeded(settings.seed),
+        )
+        rngs = Seeded(settings.seed, part=BEHIND_BACKBONE)
         localizer = build(
             LOCALIZERS[settings.localizer["name"]],
             _without_name(settings.localizer),

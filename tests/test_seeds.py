@@ -25,6 +25,12 @@ def test_a_trace_draws_the_same_keys():
         np.testing.assert_array_equal(got, want)
 
 
+def test_parts_of_a_seed_differ():
+    first, other, again = (jax.random.key_data(Seeded(3, part=part)()).tolist() for part in (1, 2, 1))
+    assert first == again != other
+    assert jax.random.key_data(Seeded(3)()).tolist() not in (first, other)
+
+
 def test_it_is_true_and_no_stream_to_keep():
     assert Seeded(0)
     np.testing.assert_array_equal(*(jax.random.key_data(rngs["noise"]()) for rngs in (Seeded(2), nnx.Rngs(2))))
