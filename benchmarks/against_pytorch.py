@@ -13,6 +13,7 @@ compiles is compiled before, in another process. Ctrl-C ends the rounds: what wa
 
 import argparse
 import io
+import itertools
 import json
 import os
 import shutil
@@ -444,9 +445,13 @@ def make_contestants(
         )
         for mode, rewired in (("plain", False), ("checkpointed", False), ("reversible", True))
     ]
-    budgets = {f" (workspace {budget})": {"workspace": budget} for budget in options.workspace} or {"": {}}
+    varied = [[(name, n) for n in getattr(options, name)] or [None] for name in ("workspace", "stored_blocks")]
+    choices = [[pair for pair in pairs if pair is not None] for pairs in itertools.product(*varied)]
+    budgets = {
+        f" ({', '.join(f'{name} {n}' for name, n in choice)})" if choice else "": dict(choice) for choice in choices
+    }
     for mode in ("plain", "rewired"):
-        # the budget of an ordinary network bounds its patches alone: once will do
+        # an ordinary network stores every block, and its budget bounds its patches alone: once will do
         for name, budget in list(budgets.items())[: 1 if mode == "plain" else None]:
             result.append(
                 Contestant(
@@ -520,6 +525,7 @@ def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--frames", type=int, default=64)
     parser.add_argument("--size", type=int, default=112, help="height and width of the clip")
     parser.add_argument("--workspace", type=int, nargs="+", default=[], help="our budgets of a tile, each a contestant")
+    parser.add_argument("--stored-blocks", type=int, nargs="+", default=[], help="our last blocks that store, the same")
     parser.add_argument("--threads", type=int, default=2, help="of the processor, for every contestant")
     parser.add_argument("--repeats", type=int, default=10, help="rounds")
     parser.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto", help="auto: a GPU both sides see")
@@ -546,6 +552,8 @@ def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
             raise ConfigError(f"--{name} {value}: allowed is 1 or more.")
     if any(budget < 1 for budget in options.workspace) or len(set(options.workspace)) < len(options.workspace):
         raise ConfigError(f"--workspace {options.workspace}: allowed are different numbers, 1 or more.")
+    if any(n < 0 for n in options.stored_blocks) or len(set(options.stored_blocks)) < len(options.stored_blocks):
+        raise ConfigError(f"--stored-blocks {options.stored_blocks}: allowed are different numbers, 0 or more.")
     if options.threads > (available := len(os.sched_getaffinity(0))):
         raise ConfigError(f"--threads {options.threads}: allowed are up to {available}, the cores of this process.")
     return options

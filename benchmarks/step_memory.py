@@ -45,7 +45,7 @@ class Checkpointed(Wiring):
 
     def states(self, branches: Any, x: Any, *, key: Any = None, aux: Any = None) -> Any:
         """Run the branches and return the last two states."""
-        repeats, runs, x = make_runs(branches, x, key, aux)
+        (repeats, runs), _, x = make_runs(branches, x, key, aux)
 
         @jax.checkpoint
         def step(states: Any, link: Any) -> Any:

@@ -25,7 +25,7 @@ def diagnose_chain(
     wiring: Wiring, branches: Sequence[Branch], x: State, *, key: PRNGKeyArray | None = None, aux: Any = None
 ) -> ChainDiagnostics:
     """Run a chain forward and back as training does, and compare what comes back with what went in."""
-    repeats, runs, x = make_runs(branches, x, key, aux)
+    (repeats, runs), _, x = make_runs(branches, x, key, aux)
     alpha, beta = jnp.asarray(wiring.alpha, x.dtype), jnp.asarray(wiring.beta, x.dtype)
 
     def forward(carry, run):
@@ -84,7 +84,8 @@ class _Recorder:
         return self.mean(*self.states(branches, x, **named))
 
     def states(self, branches: Sequence[Branch], x: State, **named: Any) -> tuple[State, State]:
-        self.records.append(diagnose_chain(self.wiring, branches, x, **named))
+        known = {name: value for name, value in named.items() if name in ("key", "aux")}
+        self.records.append(diagnose_chain(self.wiring, branches, x, **known))
         return self.wiring.states(branches, x, **named)
 
     def mean(self, last: State, before: State) -> State:

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from re2tal_jax.backbones import BACKBONES
+from re2tal_jax.backbones import BACKBONES, EXECUTION
 from re2tal_jax.config import bind, build, resolve
 from re2tal_jax.data import DATASETS
 from re2tal_jax.data.augment import LabelSwap, augment, mirror
@@ -33,7 +33,7 @@ from re2tal_jax.types import Batch
 from re2tal_jax.weights import holds_weights, load_about
 
 _BACKBONE = "backbone."
-FREE_OPTIONS = ("name", "checkpoint", "rewired", "drop_path_rate", "workspace")
+FREE_OPTIONS = ("name", "checkpoint", "rewired", "drop_path_rate", *EXECUTION)
 """Arguments of a backbone that may be others than those its weights were made with."""
 _ANY_EPOCH = 2**20  # steps; stands in until the data are known
 

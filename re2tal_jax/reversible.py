@@ -7,6 +7,7 @@ A residual network is a chain of residual functions F_0 … F_{n-1}, here *branc
 (alpha, beta) = (1, 0) is the pretrained network, (0, 1) is Re2TAL, values between are Dr2Net. For beta > 0 each state
 follows from the two after it, s_{i-1} = (s_{i+1} - F_i(s_i) - alpha * s_i) / beta, so the backward pass recomputes
 states instead of storing them: memory does not grow with the number of branches. No parameter is added or renamed.
+Where memory is left, the last branches of a chain may store after all, for time: the same function and gradients.
 """
 
 import functools
@@ -22,6 +23,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from re2tal_jax.errors import ConfigError
 from re2tal_jax.exact import is_narrower, to_grid, widen
+from re2tal_jax.kept import call as kept_call
 from re2tal_jax.runs import find_runs, stack_run
 from re2tal_jax.tiling import Part, differentiable, over_tiles, prepare, prepare_back
 
@@ -65,30 +67,35 @@ class Wiring:
     reversible: bool = field(default=True, metadata={"static": True})
 
     def __call__(
-        self, branches: Sequence[Branch], x: State, *, key: PRNGKeyArray | None = None, aux: Any = None
+        self, branches: Sequence[Branch], x: State, *, key: PRNGKeyArray | None = None, aux: Any = None, stored: int = 0
     ) -> State:
         """Run `branches` in order from x and return the `mean` of the last two states, a state like x.
 
         x is float32 where branches compute in lower precision. `key` gives each branch its own; None switches
-        randomness off. The float leaves of the pytree `aux` are differentiated.
+        randomness off. The float leaves of the pytree `aux` are differentiated. `stored` as for `states`.
 
         Raises:
             ConfigError: a reversible chain whose beta is not positive.
         """
-        return self.mean(*self.states(branches, x, key=key, aux=aux))
+        return self.mean(*self.states(branches, x, key=key, aux=aux, stored=stored))
 
     def states(
-        self, branches: Sequence[Branch], x: State, *, key: PRNGKeyArray | None = None, aux: Any = None
+        self, branches: Sequence[Branch], x: State, *, key: PRNGKeyArray | None = None, aux: Any = None, stored: int = 0
     ) -> tuple[State, State]:
-        """Run `branches` and return the last two states, for what takes their `mean` piece by piece."""
+        """Run `branches` and return the last two states, for what takes their `mean` piece by piece.
+
+        The last `stored` branches of a reversible chain are not recomputed: their states are stored, and what they
+        `keep` (see `kept.py`). The function and its gradients are the same.
+        """
         if self.reversible and isinstance(self.beta, int | float) and not self.beta > 0:
             raise ConfigError(
                 f"beta = {self.beta} has no inverse here; allowed: beta > 0, or reversible=False (the wiring PLAIN)."
             )
-        repeats, runs, x = make_runs(branches, x, key, aux)
-        alpha, beta = jnp.asarray(self.alpha, x.dtype), jnp.asarray(self.beta, x.dtype)
+        first, last, x = make_runs(branches, x, key, aux, stored if self.reversible else 0)
+        shared = jnp.asarray(self.alpha, x.dtype), jnp.asarray(self.beta, x.dtype), aux
         chain = _reversible_chain if self.reversible else _plain_chain if self.is_plain else _twin_chain
-        return chain(repeats, runs, x, alpha, beta, aux)
+        states = chain(*first, (x, x), *shared)
+        return _stored_chain(*last, states, *shared) if stored and self.reversible else states
 
     def mean(self, last: State, before: State) -> State:
         """Return what a chain hands on of its last two states: (s_n + beta * s_{n-1}) / (1 + beta)."""
@@ -151,11 +158,11 @@ def step(states: Any, link: Any, alpha: Array, beta: Array, aux: Any, *, tiled: 
     branch, key = link
     branch = prepare(branch)
 
-    def body(previous, part):
+    def body(previous, part, _):
         increment = _increment(branch, part.given(current), alpha, aux, part=part, key=key)
-        return part.write(previous, increment + beta * part.read(previous))
+        return part.write(previous, increment + beta * part.read(previous)), None
 
-    return over_tiles(branch if tiled else None, current.shape, body, previous), current
+    return over_tiles(branch if tiled else None, current.shape, body, previous)[0], current
 
 
 def plain_step(states: Any, link: Any, alpha: Array, beta: Array, aux: Any) -> Any:
@@ -173,7 +180,7 @@ def step_back(states: Any, dstates: Any, link: Any, alpha: Array, beta: Array, a
     branch, key = link
     branch, unprepare = prepare_back(branch)
 
-    def body(carry, part):
+    def body(carry, part, _):
         following, dcurrent, gradients = carry
         dincrement = part.read(dfollowing)
         forward = functools.partial(_increment, part=part, key=key)
@@ -181,11 +188,46 @@ def step_back(states: Any, dstates: Any, link: Any, alpha: Array, beta: Array, a
         previous = (part.read(following) - increment) / beta
         dbranch, dx, dalpha, daux = pull(dincrement)
         more = differentiable((dbranch, dalpha, jnp.vdot(dincrement, previous), daux))
-        return part.write(following, previous), part.add(dcurrent, dx), jax.tree.map(jnp.add, gradients, more)
+        carry = part.write(following, previous), part.add(dcurrent, dx), jax.tree.map(jnp.add, gradients, more)
+        return carry, None
 
     zeros = jax.tree.map(jnp.zeros_like, differentiable((branch, alpha, beta, aux)))
-    previous, dcurrent, (dbranch, *more) = over_tiles(branch, current.shape, body, (following, dcurrent, zeros))
+    carry, _ = over_tiles(branch, current.shape, body, (following, dcurrent, zeros))
+    previous, dcurrent, (dbranch, *more) = carry
     return (current, previous), (dcurrent, beta * dfollowing), (unprepare(dbranch), *more)
+
+
+def kept_step(states: Any, link: Any, alpha: Array, beta: Array, aux: Any) -> Any:
+    """Return what `step` does, and what each tile kept."""
+    current, previous = states
+    branch, key = link
+    branch = prepare(branch)
+
+    def body(previous, part, _):
+        forward = functools.partial(_increment, part=part, key=key)
+        increment, kept = kept_call(forward, branch, part.given(current), alpha, aux)
+        return part.write(previous, increment + beta * part.read(previous)), kept
+
+    following, kept = over_tiles(branch, current.shape, body, previous)
+    return (following, current), kept
+
+
+def kept_step_back(states: Any, kept: Any, dstates: Any, link: Any, alpha: Array, beta: Array, aux: Any) -> Any:
+    """(s_i, s_{i-1}), what was kept, cotangents of (s_{i+1}, s_i) -> those of (s_i, s_{i-1}), and as `step_back`."""
+    current, previous = states
+    dfollowing, dcurrent = dstates
+    branch, unprepare = prepare_back(link[0])
+
+    def body(carry, part, kept):
+        dcurrent, gradients = carry
+        dincrement = part.read(dfollowing)
+        dbranch, dx, dalpha, daux = kept.pull(branch, part.given(current), alpha, aux)(dincrement)
+        more = differentiable((dbranch, dalpha, jnp.vdot(dincrement, part.read(previous)), daux))
+        return (part.add(dcurrent, dx), jax.tree.map(jnp.add, gradients, more)), None
+
+    zeros = jax.tree.map(jnp.zeros_like, differentiable((branch, alpha, beta, aux)))
+    (dcurrent, (dbranch, *more)), _ = over_tiles(branch, current.shape, body, (dcurrent, zeros), kept)
+    return (dcurrent, beta * dfollowing), (unprepare(dbranch), *more)
 
 
 def _increment(branch: Branch, x: State, alpha: Array, aux: Any, *, part: Part, key: Any) -> State:
@@ -208,45 +250,56 @@ def _is_narrow(link: Any, x: State, aux: Any) -> bool:
 # ---- The chain and its derivative. A run is a tuple of links, with leaves stacked if the pattern repeats.
 
 
-def make_runs(branches: Sequence[Branch], x: State, key: PRNGKeyArray | None, aux: Any) -> tuple[Any, Any, State]:
-    """Return how often each run repeats, the runs, and the start: on the grid if some branch has low precision."""
+Runs = tuple[tuple[int, ...], Any]
+"""How often each run repeats, and the runs."""
+
+
+def make_runs(
+    branches: Sequence[Branch], x: State, key: PRNGKeyArray | None, aux: Any, stored: int = 0
+) -> tuple[Runs, Runs, State]:
+    """Return the runs of all but the last `stored` branches, those of the last, and the start.
+
+    The start is on the grid if some branch has low precision.
+    """
     keys = [None] * len(branches) if key is None else list(jax.random.split(key, len(branches)))
     links = list(zip(branches, keys, strict=True))
-    plan = find_runs(branches)
-    if any(_is_narrow(links[i], x, aux) for run in plan for i in run.pattern):
-        x = to_grid(x)
-    return tuple(run.repeats for run in plan), tuple(stack_run(links, run) for run in plan), x
+    cut, parts = max(len(links) - stored, 0), []
+    for part in (links[:cut], links[cut:]):
+        plan = find_runs([branch for branch, _ in part])
+        if any(_is_narrow(part[i], x, aux) for run in plan for i in run.pattern):
+            x = to_grid(x)
+        parts.append((tuple(run.repeats for run in plan), tuple(stack_run(part, run) for run in plan)))
+    return parts[0], parts[1], x
 
 
-def _chain(repeats: tuple[int, ...], runs: Any, x: State, alpha: Array, beta: Array, aux: Any) -> Any:
+def _chain(repeats: tuple[int, ...], runs: Any, states: Any, alpha: Array, beta: Array, aux: Any) -> Any:
     """Return (s_n, s_{n-1})."""
-    return _repeat(functools.partial(step, alpha=alpha, beta=beta, aux=aux), repeats, runs, x)
+    return _repeat(functools.partial(step, alpha=alpha, beta=beta, aux=aux), repeats, runs, states)
 
 
-def _twin_chain(repeats: tuple[int, ...], runs: Any, x: State, alpha: Array, beta: Array, aux: Any) -> Any:
+def _twin_chain(repeats: tuple[int, ...], runs: Any, states: Any, alpha: Array, beta: Array, aux: Any) -> Any:
     """Return (s_n, s_{n-1}) by whole tensors: autodiff would keep what every tile of every step began with."""
-    return _repeat(functools.partial(step, alpha=alpha, beta=beta, aux=aux, tiled=False), repeats, runs, x)
+    return _repeat(functools.partial(step, alpha=alpha, beta=beta, aux=aux, tiled=False), repeats, runs, states)
 
 
-def _plain_chain(repeats: tuple[int, ...], runs: Any, x: State, alpha: Array, beta: Array, aux: Any) -> Any:
+def _plain_chain(repeats: tuple[int, ...], runs: Any, states: Any, alpha: Array, beta: Array, aux: Any) -> Any:
     """Return (s_n, s_{n-1}) of the pretrained network."""
-    return _repeat(functools.partial(plain_step, alpha=alpha, beta=beta, aux=aux), repeats, runs, x)
+    return _repeat(functools.partial(plain_step, alpha=alpha, beta=beta, aux=aux), repeats, runs, states)
 
 
-def _repeat(one_step: Any, repeats: tuple[int, ...], runs: Any, x: State) -> Any:
+def _repeat(one_step: Any, repeats: tuple[int, ...], runs: Any, states: Any) -> Any:
     def body(states, run):
         for link in run:
             states = one_step(states, link)
         return states, None
 
-    states = (x, x)
     for count, run in zip(repeats, runs, strict=True):
         states, _ = scan_run(count, body, states, run)
     return states
 
 
-def _chain_forward(repeats: tuple[int, ...], runs: Any, x: State, alpha: Array, beta: Array, aux: Any) -> Any:
-    states = _chain(repeats, runs, x, alpha, beta, aux)
+def _chain_forward(repeats: tuple[int, ...], runs: Any, states: Any, alpha: Array, beta: Array, aux: Any) -> Any:
+    states = _chain(repeats, runs, states, alpha, beta, aux)
     return states, (runs, states, alpha, beta, aux)
 
 
@@ -269,12 +322,58 @@ def _chain_backward(repeats: tuple[int, ...], residuals: Any, dstates: Any) -> A
     for count, run in reversed(list(zip(repeats, runs, strict=True))):
         carry, dlinks = scan_run(count, body, carry, run, reverse=True)
         druns.append(dlinks)
-    _, (dlast, dbefore), dshared = carry
-    return (tuple(reversed(druns)), dlast + dbefore, *dshared)
+    _, dstates, dshared = carry
+    return (tuple(reversed(druns)), dstates, *dshared)
 
 
 _reversible_chain = jax.custom_vjp(_chain, nondiff_argnums=(0,))
 _reversible_chain.defvjp(_chain_forward, _chain_backward)
+
+
+# The same for links that are not undone: their states are stored, and what they kept.
+
+
+def _stored_forward(repeats: tuple[int, ...], runs: Any, states: Any, alpha: Array, beta: Array, aux: Any) -> Any:
+    def body(states, run):
+        before, steps = states[1], []
+        for link in run:
+            current = states[0]
+            states, kept = kept_step(states, link, alpha, beta, aux)
+            steps.append((current, kept))
+        return states, (before, steps)
+
+    stored = []
+    for count, run in zip(repeats, runs, strict=True):
+        states, steps = scan_run(count, body, states, run)
+        stored.append(steps)
+    return states, (runs, stored, alpha, beta, aux)
+
+
+def _stored_backward(repeats: tuple[int, ...], residuals: Any, dstates: Any) -> Any:
+    runs, stored, alpha, beta, aux = residuals
+
+    def body(carry, item):
+        dstates, dshared = carry
+        run, (before, steps) = item
+        earlier, dlinks = [before, *(current for current, _ in steps[:-1])], []
+        for link, (current, kept), previous in reversed(list(zip(run, steps, earlier, strict=True))):
+            states = current, previous
+            dstates, (dbranch, *more) = kept_step_back(states, kept, dstates, link, alpha, beta, aux)
+            dshared = jax.tree.map(jnp.add, dshared, tuple(more))
+            dlinks.append((dbranch, None))
+        return (dstates, dshared), tuple(reversed(dlinks))
+
+    carry = dstates, jax.tree.map(jnp.zeros_like, differentiable((alpha, beta, aux)))
+    druns = []
+    for count, run, steps in reversed(list(zip(repeats, runs, stored, strict=True))):
+        carry, dlinks = scan_run(count, body, carry, (run, steps), reverse=True)
+        druns.append(dlinks)
+    dstates, dshared = carry
+    return (tuple(reversed(druns)), dstates, *dshared)
+
+
+_stored_chain = jax.custom_vjp(_chain, nondiff_argnums=(0,))
+_stored_chain.defvjp(_stored_forward, _stored_backward)
 
 
 def scan_run(count: int, body: Any, carry: Any, run: Any, reverse: bool = False) -> Any:

@@ -70,13 +70,17 @@ class Part:
         return {} if self.tiles is None else {"tile": self.number}
 
 
-def over_tiles(branch: Any, shape: tuple[int, ...], body: Any, carry: Any) -> Any:
-    """Return body(carry, part) applied for every tile of the branch in turn, or once for the whole."""
+def over_tiles(branch: Any, shape: tuple[int, ...], body: Any, carry: Any, given: Any = None) -> tuple[Any, Any]:
+    """Scan: carry, result = body(carry, part, given) for every tile of the branch in turn, or once for the whole.
+
+    Returns:
+        The last carry, and the results of all tiles, stacked where there are several; `given` has their form.
+    """
     tiles = branch.tiles(shape) if hasattr(branch, "tiles") else None
     if tiles is None or tiles.count == 1:
-        return body(carry, Part())
+        return body(carry, Part(), given)
     numbers = jnp.arange(tiles.count, dtype=jnp.int32)
-    return lax.scan(lambda carry, number: (body(carry, Part(tiles, number)), None), carry, numbers)[0]
+    return lax.scan(lambda carry, item: body(carry, Part(tiles, item[0]), item[1]), carry, (numbers, given))
 
 
 def prepare(branch: Any) -> Any:

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from re2tal_jax.backbones import EXECUTION
 from re2tal_jax.config import read_config_file
 from re2tal_jax.data.classes import read_classes
 from re2tal_jax.data.dataset import AGNOSTIC
@@ -33,7 +34,7 @@ _COMPARED = {
     "num_snippets": (),
     "frames_per_snippet": (),
     "num_classes": (),
-    "backbone": ("checkpoint", "drop_path_rate", "workspace"),
+    "backbone": ("checkpoint", "drop_path_rate", *EXECUTION),
     "localizer": ("path_drop_rate",),
     "detector": ("snippet_loss_weight",),
     "eval.policy": ("overlap", "min_overlap", "require_segment"),
@@ -246,7 +247,7 @@ def _identity(
         "config": {
             **{key: config[key] for key in ("num_snippets", "frames_per_snippet", "compute_dtype")},
             **{key: config[key] for key in ("localizer", "postprocess")},
-            "backbone": {k: v for k, v in config["backbone"].items() if k not in ("checkpoint", "workspace")},
+            "backbone": {k: v for k, v in config["backbone"].items() if k not in ("checkpoint", *EXECUTION)},
             "detector": {key: config["detector"][key] for key in ("pixel_mean", "pixel_std")},
             "eval": {
                 "policy": split["policy"],

@@ -292,7 +292,9 @@ def test_our_worker_computes_the_network_and_its_gradients(tmp_path):
 
 
 def test_contestants_have_the_same_weights_under_their_own_names(tmp_path):
-    options = SimpleNamespace(frames=4, size=8, threads=1, workspace=[1024, 2048], model="video_swin_tiny")
+    options = SimpleNamespace(
+        frames=4, size=8, threads=1, workspace=[1024, 2048], stored_blocks=[0, 1], model="video_swin_tiny"
+    )
     network = Network("video_swin_tiny", {"backbone": {"name": "video_swin_tiny", **TINY}}, whole=False)
     contestants = make_contestants(options, network, "cpu", {False: ("theirs",), True: ("mine",)}, tmp_path)
     assert [c.title for c in contestants] == [
@@ -300,8 +302,10 @@ def test_contestants_have_the_same_weights_under_their_own_names(tmp_path):
         "OpenTAD checkpointed",
         "OpenTAD reversible",
         "ours plain",
-        "ours rewired (workspace 1024)",
-        "ours rewired (workspace 2048)",
+        "ours rewired (workspace 1024, stored_blocks 0)",
+        "ours rewired (workspace 1024, stored_blocks 1)",
+        "ours rewired (workspace 2048, stored_blocks 0)",
+        "ours rewired (workspace 2048, stored_blocks 1)",
     ]
     assert contestants[2].build["network"] == {
         "embed_dim": 8,

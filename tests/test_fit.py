@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from re2tal_jax.accelerators import is_available
 from re2tal_jax.config import read_config_file
+from re2tal_jax.errors import ConfigError
 from re2tal_jax.experiment import draw_blueprint
 from re2tal_jax.modes.fit import MARGIN, largest_that_fits, quantity
 from re2tal_jax.settings import read_settings
@@ -23,7 +24,7 @@ pytest_plugins = "tests.system_fixtures"
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 
-def search(needed, limit, start, power=1):
+def search(needed, limit, start, power=1, most=None):
     """What is found, and how many programs were compiled for it."""
     tried = []
 
@@ -32,7 +33,7 @@ def search(needed, limit, start, power=1):
         tried.append(n)
         return needed(n)
 
-    return largest_that_fits(counted, limit, start, power=power), len(tried)
+    return largest_that_fits(counted, limit, start, power=power, most=most), len(tried)
 
 
 @given(
@@ -72,6 +73,10 @@ def test_nothing_fits_where_the_smallest_does_not():
     assert (found.largest, found.too_large) == (0, 1)
 
 
+def features():
+    return read_settings(read_config_file(CONFIGS / "anet_features.py"))
+
+
 @pytest.fixture(scope="module")
 def anet():
     return read_settings(read_config_file(CONFIGS / "anet.py"))
@@ -103,6 +108,25 @@ def test_size_scales_what_is_stored_with_what_is_seen(anet):
     assert (split.loader.height, split.loader.width) == (512, 680)
     assert size.describe(14) == "448 x 448 pixels"
     assert size.apply(7) == anet
+
+
+def test_stored_blocks_go_up_to_those_that_are_recomputed(anet):
+    stored = quantity("stored_blocks", anet, 1)
+    assert (stored.unit, stored.start, stored.most) == (1, 12, 12)
+    assert stored.apply(3).backbone["stored_blocks"] == 3
+    assert stored.describe(3) == "3 stored blocks"
+    slowfast = read_settings(read_config_file(CONFIGS / "anet_slowfast101.py"))
+    assert quantity("stored_blocks", slowfast, 1).most == 2 + 3 + 22 + 2  # of the fast pathway
+    for config in (replace(anet, backbone={**anet.backbone, "rewired": False}), features()):
+        with pytest.raises(ConfigError, match="no reversible backbone, nothing is recomputed"):
+            quantity("stored_blocks", config, 1)
+
+
+@pytest.mark.parametrize(("limit", "largest", "programs"), [(300, 12, 1), (160, 7, 4), (89, 0, 4)])
+def test_a_search_ends_at_the_most_there_are(limit, largest, programs):
+    found, compiled = search(lambda n: 90 + 10 * n, limit, 12, most=12)
+    assert found.largest == largest
+    assert compiled <= programs
 
 
 @pytest.mark.usefixtures("quick_compilation")

@@ -54,9 +54,10 @@ def inputs(batch: int = 8, dtype=jnp.float64):
     return x, aux
 
 
-def gradients(wiring_of, branches, x, aux, alpha, beta, key):
+def gradients(wiring_of, branches, x, aux, alpha, beta, key, stored=0):
     def loss(branches, x, scale, alpha, beta):
-        y = wiring_of(alpha, beta)(branches, x, key=key, aux={"scale": scale, "mask": aux["mask"]})
+        aux_inputs = {"scale": scale, "mask": aux["mask"]}
+        y = wiring_of(alpha, beta)(branches, x, key=key, aux=aux_inputs, stored=stored)
         return jnp.sum(jnp.sin(3 * y))
 
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3, 4)))(branches, x, aux["scale"], alpha, beta)
@@ -81,6 +82,30 @@ def test_rewired_gradient_equals_plain_autodiff(depth, alternate, coefficients):
         want = gradients(lambda a, b: Wiring(a, b, False), branches, x, aux, alpha, beta, key)
         assert_trees_close(got, want, 1e-10)
         assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(want[1][1:]))
+
+
+@pytest.mark.parametrize(("depth", "stored"), [(1, 1), (7, 3), (6, 6)])
+@pytest.mark.parametrize("coefficients", [(0.0, 1.0), (0.4, 0.7)], ids=["re2tal", "dr2net"])
+def test_gradient_of_stored_branches_equals_plain_autodiff(depth, stored, coefficients):
+    with jax.enable_x64(True):
+        branches, (x, aux) = make_chain(depth, alternate=True), inputs()
+        alpha, beta = (jnp.asarray(c, jnp.float64) for c in coefficients)
+        key = jax.random.key(3)
+        got = gradients(lambda a, b: Wiring(a, b, True), branches, x, aux, alpha, beta, key, stored)
+        want = gradients(lambda a, b: Wiring(a, b, False), branches, x, aux, alpha, beta, key)
+        assert_trees_close(got, want, 1e-10)
+
+
+def test_stored_branches_of_low_precision_give_the_same_bits():
+    x, aux = inputs(16, jnp.float32)
+    branches = make_chain(6, dtype=jnp.bfloat16)
+
+    def run(stored):
+        loss = lambda x: jnp.sum(REWIRED(branches, x, key=jax.random.key(3), aux=aux, stored=stored) ** 2)  # noqa: E731
+        return jax.jit(jax.value_and_grad(loss))(x)
+
+    for got, want in zip(run(4), run(0), strict=True):
+        np.testing.assert_array_equal(got, want)
 
 
 def test_gradient_on_eight_devices_equals_plain_autodiff_on_one():

@@ -144,7 +144,7 @@ def test_frames_around_a_tile_are_given_and_get_their_share_back():
     assert total.ravel().tolist() == [1, 2, 2, 2, 2, 1]  # by how many tiles each frame is seen
 
 
-def swin(workspace: int, dtype=jnp.float64) -> VideoSwin:
+def swin(workspace: int, dtype=jnp.float64, stored_blocks: int = 0) -> VideoSwin:
     """Two stages whose grids are odd and need padding in each axis, shifted blocks among them."""
     return VideoSwin(
         patch_size=(2, 2, 2),
@@ -154,12 +154,13 @@ def swin(workspace: int, dtype=jnp.float64) -> VideoSwin:
         window_size=(2, 3, 3),
         drop_path_rate=0.3,
         workspace=workspace,
+        stored_blocks=stored_blocks,
         dtype=dtype,
         rngs=nnx.Rngs(0),
     )
 
 
-def vit(workspace: int, dtype=jnp.float64) -> VisionTransformer:
+def vit(workspace: int, dtype=jnp.float64, stored_blocks: int = 0) -> VisionTransformer:
     """Three clips of 12 tokens in the video below."""
     return VisionTransformer(
         patch_size=4,
@@ -170,12 +171,13 @@ def vit(workspace: int, dtype=jnp.float64) -> VisionTransformer:
         image_size=8,
         drop_path_rate=0.3,
         workspace=workspace,
+        stored_blocks=stored_blocks,
         dtype=dtype,
         rngs=nnx.Rngs(0),
     )
 
 
-def slowfast(workspace: int, dtype=jnp.float64) -> SlowFast:
+def slowfast(workspace: int, dtype=jnp.float64, stored_blocks: int = 0) -> SlowFast:
     """A slow stage that sees single frames, and stages that see three; odd sizes."""
     return SlowFast(
         depths=(2, 3),
@@ -185,6 +187,7 @@ def slowfast(workspace: int, dtype=jnp.float64) -> SlowFast:
         fast_inflate=(1, 1),
         lateral_norm=True,
         workspace=workspace,
+        stored_blocks=stored_blocks,
         dtype=dtype,
         rngs=nnx.Rngs(0),
     )
@@ -215,12 +218,13 @@ def counts(network: str, workspace: int) -> list[int]:
 
 
 @functools.cache
-def value_and_gradients(network: str, workspace: int, wiring: Wiring):
+def value_and_gradients(network: str, workspace: int, wiring: Wiring, stored_blocks: int = 0):
     """Of a loss of all features, for every parameter and the video, in float64."""
     build, size, _ = NETWORKS[network]
     with jax.enable_x64(True):
         video = np.random.default_rng(1).normal(size=size)
-        graph, state = nnx.split(rewire(drawn(lambda: build(workspace), np.float64), wiring))
+        model = drawn(lambda: build(workspace, stored_blocks=stored_blocks), np.float64)
+        graph, state = nnx.split(rewire(model, wiring))
 
         def loss(state, video):
             features = jax.tree.leaves(nnx.merge(graph, state)(video, key=jax.random.key(7)))
@@ -238,9 +242,19 @@ def test_tiles_change_neither_values_nor_gradients(network, smallest):
     assert max(counts(network, 2**30)) == 1
     assert max(counts(network, workspace)) > 1
     assert smallest or max(counts(network, workspace)) < max(counts(network, 1))
+    assert_equal_to_whole_tensors(network, value_and_gradients(network, workspace, REWIRED))
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_stored_blocks_change_neither_values_nor_gradients(network):
+    """Tile by tile, behind blocks of the same chain that are undone."""
+    _, _, between = NETWORKS[network]
+    assert_equal_to_whole_tensors(network, value_and_gradients(network, between, REWIRED, stored_blocks=1))
+
+
+def assert_equal_to_whole_tensors(network: str, found):
     whole = value_and_gradients(network, 2**30, REWIRED.twin)
-    tiled = value_and_gradients(network, workspace, REWIRED)
-    for ours, theirs in zip(jax.tree.leaves(tiled), jax.tree.leaves(whole), strict=True):
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(whole), strict=True):
         assert np.abs(np.asarray(ours) - np.asarray(theirs)).max() <= 1e-10 * np.abs(np.asarray(theirs)).max()
 
 

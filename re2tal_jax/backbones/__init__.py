@@ -2,9 +2,10 @@
 
 Contract: `backbone(video, *, key=None)` maps a normalised video (B, F, H, W, C) to features (B, T, h, w, D), or to a
 tuple of such features, one a pathway; `.intermediates(video)` returns them with a dict of what the stages gave.
-`temporal_stride` (frames per feature; a tuple where features are one), `out_channels` (D, of all pathways together) and
-`wiring` are attributes. Without a key nothing is random. `features` stands among them for features that are read from
-files: it maps (B, T, C) to (B, T, 1, 1, C) and has neither parameters nor another wiring.
+`temporal_stride` (frames per feature; a tuple where features are one), `out_channels` (D, of all pathways together),
+`wiring` and, of a network, `stored_blocks` (how many of each chain) are attributes. Without a key nothing is random.
+`features` stands among them for features that are read from files: it maps (B, T, C) to (B, T, 1, 1, C) and has neither
+parameters nor another wiring.
 """
 
 from typing import Any
@@ -18,6 +19,9 @@ from re2tal_jax.seeds import Seeded
 NETWORKS = Registry("backbone", video_swin.VARIANTS, slowfast.VARIANTS, resnet3d.VARIANTS, vit.VARIANTS)
 BACKBONES = Registry("backbone", NETWORKS, precomputed.VARIANTS)
 """What `config.backbone.name` chooses from: the networks, and features in the place of one."""
+
+EXECUTION = ("workspace", "stored_blocks")
+"""Arguments of networks that say how they run, and change nothing of what they compute."""
 
 
 def list_backbones() -> list[str]:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from re2tal_jax.backbones.layers import at_least_float32
+from re2tal_jax.kept import keep
 
 MASKED = -100.0  # the reference's logit offset between regions that a shift has made neighbours; not -inf
 
@@ -50,6 +51,7 @@ def _forward(q: Array, k: Array, v: Array, bias: Array | None, regions: Array | 
     total = weights.sum(axis=-1, keepdims=True)
     weights = weights.astype(v.dtype)
     result = jnp.einsum("...qk,...kd->...qd", weights, v, preferred_element_type=precise) / total
+    total, result = keep((total, result))
     return result.astype(v.dtype), (q, k, v, bias, weights, total, result)
 
 

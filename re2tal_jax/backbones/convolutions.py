@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from re2tal_jax.backbones.layers import at_least_float32
 from re2tal_jax.backbones.windows import Size
 from re2tal_jax.exact import widen
+from re2tal_jax.kept import keep
 
 EPSILON = 1e-5  # PyTorch's, and that of every published checkpoint
 UNIT: Size = (1, 1, 1)
@@ -87,7 +88,8 @@ class Conv(nnx.Module):
 
         Without `pad_time` x has `halo` frames more at both ends.
         """
-        return convolve(x.astype(self.dtype), self.kernel[...].astype(self.dtype), self.stride, pad_time=pad_time)
+        kernel = self.kernel[...].astype(self.dtype)
+        return keep(convolve(x.astype(self.dtype), kernel, self.stride, pad_time=pad_time))
 
 
 class BatchNorm(nnx.Module):

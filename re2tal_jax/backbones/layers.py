@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from re2tal_jax.errors import ConfigError
+from re2tal_jax.kept import keep
 
 
 def check_dtype(dtype: DTypeLike) -> None:
@@ -94,7 +95,7 @@ class Mlp(nnx.Module):
         self, x: Float[Array, "*B C"], *, key: PRNGKeyArray | None = None, aux: Any = None
     ) -> Float[Array, "*B C"]:
         """Map (…, C) to (…, C) in the compute dtype."""
-        return self.fc2(gelu(self.fc1(self.norm(x))))
+        return self.fc2(gelu(keep(self.fc1(self.norm(x)))))
 
 
 def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:

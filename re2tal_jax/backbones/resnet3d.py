@@ -23,6 +23,7 @@ from re2tal_jax.backbones.layers import at_least_float32, check_dtype
 from re2tal_jax.backbones.tiles import FrameTiles, plan_frames
 from re2tal_jax.chunks import count_chunks, in_chunks, in_overlapping_chunks
 from re2tal_jax.errors import ConfigError, DataError
+from re2tal_jax.kept import last_blocks
 from re2tal_jax.reversible import PLAIN, REWIRED, Wiring
 
 DEPTHS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
@@ -159,9 +160,9 @@ class Stage(nnx.Module):
             *arrays,
         )
 
-    def run(self, wiring: Wiring, x: Float[Array, "B T H W C"]) -> Features:
-        """Return what the chain that starts from x hands on, in at least float32."""
-        states = wiring.states(list(self.blocks)[1:], x)
+    def run(self, wiring: Wiring, x: Float[Array, "B T H W C"], stored: int) -> Features:
+        """Return what the chain that starts from x hands on, in at least float32; `stored` of its last blocks are."""
+        states = wiring.states(list(self.blocks)[1:], x, stored=stored)
         return states[:1] if wiring.is_plain else states
 
     def of_frames(self, twin: Wiring, x: Float[Array, "B T H W C"]) -> Float[Array, "B T h w D"]:
@@ -226,6 +227,7 @@ class Pathway(nnx.Module):
         in_channels: int,
         joined: Sequence[int] = (),
         workspace: int = WORKSPACE,
+        stored_blocks: int = 0,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
@@ -240,6 +242,8 @@ class Pathway(nnx.Module):
             joined: channels that another pathway adds to the input of each stage (none, if not given).
             workspace: bounds the elements that a part works on at once, for each sample: it runs on stretches of
                 frames. Smaller ones take less memory; where they are too small, an accelerator is not filled.
+            stored_blocks: the last so many blocks of a reversible network are not recomputed: less time, more memory.
+                Those that are in no chain do not count, the first of each stage and stages that see single frames.
             dtype: what is computed in; states are kept in at least float32.
             rngs: random streams for the initial parameters.
 
@@ -250,6 +254,9 @@ class Pathway(nnx.Module):
         _check(depths, base_channels, stem_frames, inflate, in_channels)
         self.stem = Stem(in_channels, base_channels, stem_frames, dtype=dtype, rngs=rngs)
         self.in_channels, self.out_channels, self.workspace, stages = in_channels, base_channels, workspace, []
+        alone = [not any(inflate[: i + 1]) for i in range(len(depths))]  # see `run`
+        chains = [0 if a else depth - 1 for a, depth in zip(alone, depths, strict=True)]
+        self.stored_blocks = last_blocks(stored_blocks, chains)
         for i, (depth, inflated) in enumerate(zip(depths, inflate, strict=True)):
             width, added = base_channels * 2**i, joined[i] if joined else 0
             stages.append(
@@ -282,7 +289,7 @@ class Pathway(nnx.Module):
         for i in range(alone, len(blocks)):
             more = joined[i] if joined else None
             stage, features = self.stages[i], results[-1] if results else (x,)
-            results.append(stage.run(wiring, stage.start(wiring, features, more)))
+            results.append(stage.run(wiring, stage.start(wiring, features, more), self.stored_blocks[i]))
         return results
 
     def _run_frames(
@@ -320,6 +327,7 @@ class ResNet3D(Pathway):
         inflate: tuple[int, ...] = (0, 0, 1, 1),
         in_channels: int = 3,
         workspace: int = WORKSPACE,
+        stored_blocks: int = 0,
         rewired: bool = True,
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
@@ -332,6 +340,7 @@ class ResNet3D(Pathway):
             inflate=inflate,
             in_channels=in_channels,
             workspace=workspace,
+            stored_blocks=stored_blocks,
             dtype=dtype,
             rngs=rngs,
         )

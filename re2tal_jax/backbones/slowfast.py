@@ -59,6 +59,7 @@ class SlowFast(nnx.Module):
         fast_inflate: tuple[int, ...] = (1, 1, 1, 1),
         in_channels: int = 3,
         workspace: int = WORKSPACE,
+        stored_blocks: int = 0,
         rewired: bool = True,
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
@@ -80,6 +81,7 @@ class SlowFast(nnx.Module):
             in_channels: of the video.
             workspace: bounds the elements that a part works on at once, for each sample: it runs on stretches of
                 frames. Smaller ones take less memory; where they are too small, an accelerator is not filled.
+            stored_blocks: the last so many blocks of each pathway are not recomputed, see `Pathway`.
             rewired: the reversible network, or the ordinary one.
             dtype: what branches compute in.
             rngs: random streams for the initial parameters.
@@ -94,7 +96,13 @@ class SlowFast(nnx.Module):
         self.temporal_stride = (resample_rate, resample_rate // speed_ratio)
         self.wiring: Wiring = REWIRED if rewired else PLAIN
         pathway = functools.partial(
-            Pathway, depths=depths, in_channels=in_channels, workspace=workspace, dtype=dtype, rngs=rngs
+            Pathway,
+            depths=depths,
+            in_channels=in_channels,
+            workspace=workspace,
+            stored_blocks=stored_blocks,
+            dtype=dtype,
+            rngs=rngs,
         )
         self.slow = pathway(
             base_channels=base_channels,
@@ -108,6 +116,7 @@ class SlowFast(nnx.Module):
             for channels in stage_inputs
         )
         self.out_channels = self.slow.out_channels + self.fast.out_channels
+        self.stored_blocks = max(self.slow.stored_blocks, self.fast.stored_blocks, key=sum)
 
     def __call__(self, video: Float[Array, "B F H W C"], *, key: PRNGKeyArray | None = None) -> Pathways:
         """Return the features of both pathways in at least float32; nothing is random, `key` is not used."""
@@ -134,7 +143,7 @@ class SlowFast(nnx.Module):
         for i, (stage, lateral) in enumerate(zip(self.fast.stages, self.laterals, strict=True)):
             named[f"lateral{i}"], start = self._leave(lateral, stage, features)
             passed.append(named[f"lateral{i}"])
-            features = stage.run(self.wiring, start)
+            features = stage.run(self.wiring, start, self.fast.stored_blocks[i])
             fast = named[f"fast.layer{i}"] = merge(self.wiring, features)
         for i, features in enumerate(self.slow.run(self.wiring, slow, passed)):
             slow = named[f"slow.layer{i}"] = merge(self.wiring, features)

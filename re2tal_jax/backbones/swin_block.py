@@ -27,6 +27,7 @@ from re2tal_jax.backbones.windows import (
     shift_regions,
     to_windows,
 )
+from re2tal_jax.kept import keep
 
 
 class Block(nnx.Module):
@@ -86,7 +87,7 @@ class WindowAttention(nnx.Module):
         self, x: Float[Array, "n N C"], regions: Float[Array, "n N"] | None, bias: Float[Array, "h N N"]
     ) -> Float[Array, "n N C"]:
         """Attend inside each of n windows of N tokens; tokens of different `regions` are kept apart."""
-        q, k, v = rearrange(self.qkv(x), "n t (s h d) -> s n h t d", s=3, h=self.num_heads)
+        q, k, v = keep(rearrange(self.qkv(x), "n t (s h d) -> s n h t d", s=3, h=self.num_heads))
         return self.proj(rearrange(attend(q, k, v, bias, regions), "n h t d -> n t (h d)"))
 
 

@@ -29,6 +29,7 @@ from re2tal_jax.backbones.swin_block import AttentionBranch, Block, Grid, MlpBra
 from re2tal_jax.backbones.windows import Size, as_size, clamp_window
 from re2tal_jax.chunks import count_chunks, in_chunks
 from re2tal_jax.errors import ConfigError, DataError
+from re2tal_jax.kept import last_blocks
 from re2tal_jax.reversible import PLAIN, REWIRED, Wiring
 
 States = Float[Array, "B T H W C"]
@@ -54,6 +55,7 @@ class VideoSwin(nnx.Module):
         drop_path_rate: float = 0.0,
         in_channels: int = 3,
         workspace: int = 2**24,
+        stored_blocks: int = 0,
         rewired: bool = True,
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
@@ -62,7 +64,8 @@ class VideoSwin(nnx.Module):
 
         `drop_path_rate` is that of the last block; it grows from 0 linearly with depth. `workspace` bounds the elements
         that a branch works on at once, for each sample: a reversible chain runs on tiles of the grid. Smaller tiles
-        take less memory; where they are too small, an accelerator is not filled.
+        take less memory; where they are too small, an accelerator is not filled. The last `stored_blocks` blocks of a
+        reversible network are not recomputed: less time for more memory, least for the last ones.
 
         Raises:
             ConfigError: sizes that make no network.
@@ -73,6 +76,7 @@ class VideoSwin(nnx.Module):
         _check(patch_size, embed_dim, depths, num_heads, window_size, mlp_ratio, drop_path_rate)
         self.depths, self.drop_path_rate, self.in_channels = tuple(depths), drop_path_rate, in_channels
         self.window_size, self.workspace = as_size(window_size), workspace
+        self.stored_blocks = last_blocks(stored_blocks, depths)
         self.out_channels = embed_dim * 2 ** (len(depths) - 1)
         self.temporal_stride = patch_size[0]
         self.wiring: Wiring = REWIRED if rewired else PLAIN
@@ -109,14 +113,14 @@ class VideoSwin(nnx.Module):
         named = {"patch_embed": x}
         for i, (stage, rates) in enumerate(zip(self.stages, self.drop_path_rates(), strict=True)):
             stage_key = None if key is None else jax.random.fold_in(key, i)
-            states, x = self._run(stage, rates, x, stage_key)
+            states, x = self._run(stage, rates, x, stage_key, self.stored_blocks[i])
             named[f"layer{i}"] = x
             if stage.downsample is not None:
                 x = named[f"downsample{i}"] = stage.downsample.of_states(self.wiring, *states, self.workspace)
         return self.norm(x), named
 
     def _run(
-        self, stage: "Stage", rates: np.ndarray, x: Float[Array, "B T H W C"], key: PRNGKeyArray | None
+        self, stage: "Stage", rates: np.ndarray, x: Float[Array, "B T H W C"], key: PRNGKeyArray | None, stored: int
     ) -> tuple[tuple[States, States], States]:
         """Return the last two states of a stage, and what it hands on.
 
@@ -131,7 +135,7 @@ class VideoSwin(nnx.Module):
             for block, rate in zip(stage.blocks, rates, strict=True)
             for branch in (AttentionBranch(block.attn, grid), MlpBranch(block.mlp, grid))
         ]
-        states = self.wiring.states(branches, x, key=key, aux=None)
+        states = self.wiring.states(branches, x, key=key, aux=None, stored=2 * stored)
         last, before = (state[:, : size[0], : size[1], : size[2]] for state in states)
         return (last, before), self.wiring.mean(last, before)
 

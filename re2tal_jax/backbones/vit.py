@@ -23,6 +23,7 @@ from re2tal_jax.backbones.positions import resize_positions, sinusoidal_position
 from re2tal_jax.backbones.vit_block import AttentionBranch, Block, MlpBranch
 from re2tal_jax.chunks import count_chunks, in_chunks
 from re2tal_jax.errors import ConfigError, DataError, did_you_mean
+from re2tal_jax.kept import last_blocks
 from re2tal_jax.reversible import PLAIN, REWIRED, Wiring
 
 FinalNorm = Literal["none", "tokens", "pooled"]
@@ -53,6 +54,7 @@ class VisionTransformer(nnx.Module):
         drop_path_rate: float = 0.0,
         in_channels: int = 3,
         workspace: int = 2**24,
+        stored_blocks: int = 0,
         rewired: bool = True,
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
@@ -78,6 +80,7 @@ class VisionTransformer(nnx.Module):
             workspace: bounds the elements that a branch works on at once, for each sample: a reversible chain runs on
                 tiles of clips and tokens. Smaller tiles take less memory; where they are too small, an accelerator is
                 not filled.
+            stored_blocks: the last so many blocks of a reversible network are not recomputed: less time, more memory.
             rewired: the reversible network, or the ordinary one.
             dtype: what branches compute in.
             rngs: random streams for the initial parameters.
@@ -90,6 +93,7 @@ class VisionTransformer(nnx.Module):
         _check_blocks(embed_dim, depth, num_heads, mlp_ratio, norm_epsilon, drop_path_rate, final_norm)
         self.depth, self.drop_path_rate, self.in_channels = depth, drop_path_rate, in_channels
         self.num_frames, self.final_norm, self.workspace = num_frames, final_norm, workspace
+        self.stored_blocks = last_blocks(stored_blocks, (depth,))
         self.grid = (num_frames // tubelet_size, image_size // patch_size, image_size // patch_size)
         self.out_channels, self.temporal_stride = embed_dim, tubelet_size
         self.wiring: Wiring = REWIRED if rewired else PLAIN
@@ -124,7 +128,7 @@ class VisionTransformer(nnx.Module):
         self._check_video(video)
         height, width = self.patch_embed.size(video.shape[2:4])
         tokens = self.patch_embed(video, self.positions(height, width), self.num_frames, self.workspace)
-        x = self.wiring(self._branches(), tokens, key=key, aux=None)
+        x = self.wiring(self._branches(), tokens, key=key, aux=None, stored=2 * sum(self.stored_blocks))
         named = {
             name: rearrange(state, "b n (t h w) d -> b (n t) h w d", h=height, w=width)
             for name, state in (("patch_embed", tokens), ("blocks", x))

@@ -19,6 +19,7 @@ from re2tal_jax.backbones.attention import attend
 from re2tal_jax.backbones.layers import LayerNorm, Mlp
 from re2tal_jax.backbones.tiles import GridTiles, plan_tiles
 from re2tal_jax.chunks import count_chunks
+from re2tal_jax.kept import keep
 
 State = Float[Array, "B clips N C"]
 
@@ -63,12 +64,12 @@ class Attention(nnx.Module):
         if self.qkv_bias:
             q_bias, v_bias = self.q_bias[...], self.v_bias[...]
             y = y + jnp.concatenate([q_bias, jnp.zeros_like(q_bias), v_bias]).astype(y.dtype)
-        q, k, v = rearrange(y, "b n t (s g h d) -> s g b n h t d", s=3, g=turns, h=self.num_heads // turns)
+        q, k, v = keep(rearrange(y, "b n t (s g h d) -> s g b n h t d", s=3, g=turns, h=self.num_heads // turns))
         if turns == 1:
             y = attend(q, k, v)
         else:
             y = lax.map(lambda group: jax.checkpoint(attend, prevent_cse=False)(*group), (q, k, v))
-        return self.proj(rearrange(y, "g b n h t d -> b n t (g h d)"))
+        return self.proj(rearrange(keep(y), "g b n h t d -> b n t (g h d)"))
 
 
 @jax.tree_util.register_dataclass

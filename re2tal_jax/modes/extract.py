@@ -18,6 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from re2tal_jax.backbones import EXECUTION
 from re2tal_jax.data.dataset import Dataset
 from re2tal_jax.data.extraction import FeatureFolder, VideoRows, covering, unfinished
 from re2tal_jax.data.pipeline import Loader, Prefetch
@@ -55,7 +56,7 @@ log = logging.getLogger(__name__)
 FOLDER = "features"
 DTYPES = ("float32", "float16")
 _BACKBONE = "backbone."
-_NO_PART = ("checkpoint", "workspace", "drop_path_rate")
+_NO_PART = ("checkpoint", "drop_path_rate", *EXECUTION)
 """Options of a backbone that change no feature."""
 
 

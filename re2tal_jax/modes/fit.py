@@ -1,7 +1,7 @@
-"""`--mode inspect --fit frames | batch | size`: the largest training step that a device's memory holds.
+"""`--mode inspect --fit frames | batch | size | stored_blocks`: the largest training step that a device's memory holds.
 
 Found by compiling, with few programs: memory is nearly linear in frames, batch and pixels, so two programs tell about
-where the limit lies, and the others close in on it.
+where the limit lies, and the others close in on it. Blocks that are stored are the other way to use memory: for time.
 """
 
 import math
@@ -14,11 +14,10 @@ from re2tal_jax.errors import ConfigError
 from re2tal_jax.experiment import make_detector
 from re2tal_jax.settings import Settings, SplitConfig
 
-FITS = ("frames", "batch", "size")
+FITS = ("frames", "batch", "size", "stored_blocks")
 MARGIN = 0.05
 """The part of a device's memory that is left to what no program's plan counts."""
 
-QUANTITIES = ("frames", "batch", "size")
 _MOST = 2**10  # times the start: beyond it memory does not grow, or the limit is no device's
 _LINES = 6  # programs after which the search halves: memory is then no line
 _PIXELS = 32  # what the backbones shrink height and width by; patches of 16 divide it
@@ -35,7 +34,9 @@ class Fit:
     too_large: int | None
 
 
-def largest_that_fits(needed: Callable[[int], int], limit: int, start: int, *, power: int = 1) -> Fit:
+def largest_that_fits(
+    needed: Callable[[int], int], limit: int, start: int, *, power: int = 1, most: int | None = None
+) -> Fit:
     """Return the largest n >= 1 whose `needed(n)` bytes are at most `limit`.
 
     Args:
@@ -43,11 +44,13 @@ def largest_that_fits(needed: Callable[[int], int], limit: int, start: int, *, p
         limit: bytes there are.
         start: the first n to be tried.
         power: 2 for the side of a square.
+        most: there are no more, if given.
     """
+    most = start * _MOST if most is None else most
     known = {start: needed(start)}
     low, high = (start, None) if known[start] <= limit else (0, start)
-    while low < start * _MOST if high is None else high - low > 1:
-        n = _guess(known, limit, low, high, power)
+    while low < most if high is None else high - low > 1:
+        n = min(_guess(known, limit, low, high, power), most)
         known[n] = needed(n)
         low, high = (n, high) if known[n] <= limit else (low, n)
     return Fit(low, high)
@@ -80,17 +83,27 @@ class Quantity:
     start: int
     power: int
     apply: Callable[[int], Settings]
+    most: int | None = None
 
     def describe(self, n: int) -> str:
         """Return n units in words."""
         if self.name == "size":
             height, width = _seen(self.apply(n).train)
             return f"{height} x {width} pixels"
+        if self.name == "stored_blocks":
+            return f"{n} stored blocks"
         return f"{n * self.unit:,} {'frames' if self.name == 'frames' else 'videos a batch'}"
 
 
 def quantity(name: str, settings: Settings, devices: int) -> Quantity:
-    """Return how frames, batch or size of a config are varied, in steps that its model and the devices accept."""
+    """Return how a config is varied, in steps that its model and the devices accept.
+
+    Raises:
+        ConfigError: it has nothing of the kind.
+    """
+    if name == "stored_blocks":
+        most = _stored(settings)
+        return Quantity(name, 1, most, 1, lambda n: _store(settings, n), most)
     if name == "batch":
         unit = devices * settings.optimizer.accumulate
         return Quantity(name, unit, _units(settings.train.batch_size, unit), 1, lambda n: _batch(settings, n * unit))
@@ -123,6 +136,20 @@ def _snippet_step(settings: Settings) -> int:
 
 def _batch(settings: Settings, size: int) -> Settings:
     return replace(settings, train=replace(settings.train, batch_size=size))
+
+
+def _stored(settings: Settings) -> int:
+    """Return how many blocks the backbone could store: of those that it would recompute."""
+    if settings.from_features or not settings.backbone.get("rewired", True):
+        raise ConfigError(
+            "--fit stored_blocks: this config has no reversible backbone, nothing is recomputed; take frames or batch."
+        )
+    every = _store(settings, 2**30)
+    return sum(nnx.eval_shape(make_detector(every)).backbone.stored_blocks)
+
+
+def _store(settings: Settings, blocks: int) -> Settings:
+    return replace(settings, backbone={**settings.backbone, "stored_blocks": blocks})
 
 
 def _snippets(settings: Settings, count: int) -> Settings:

@@ -50,8 +50,8 @@ def inspect(
         workdir: not used.
         target: what the step is compiled for, see `accelerators`; "local" is the devices of this machine.
         plain: also tell the memory of the ordinary network.
-        fit: None, or "frames", "batch" or "size": what is to be made as large as the memory allows. Only that is
-            reported then.
+        fit: None, or "frames", "batch", "size" or "stored_blocks": what is to be made as large as the memory allows.
+            Only that is reported then.
 
     Raises:
         ConfigError: settings that cannot run, or a target that cannot be compiled for.
@@ -166,7 +166,7 @@ def _is_more_than_jax_takes(needed: int, memory: int | None, mesh: Mesh) -> bool
 
 
 def fit_report(name: str, settings: Settings, mesh: Mesh, memory: int | None) -> str:
-    """Log and return the largest frames, batch or size whose step fits, every program that was compiled as a row.
+    """Log and return the largest of a quantity whose step fits, every program that was compiled as a row.
 
     Raises:
         ConfigError: devices that do not tell their memory, or settings that cannot run.
@@ -192,10 +192,10 @@ def fit_report(name: str, settings: Settings, mesh: Mesh, memory: int | None) ->
         log.info("%s", rows[-1])
         return step.needed
 
-    found = largest_that_fits(needed, limit, varied.start, power=varied.power)
+    found = largest_that_fits(needed, limit, varied.start, power=varied.power, most=varied.most)
     largest = varied.describe(found.largest) if found.largest else f"none, not even {varied.describe(1)}"
     rows.append(f"the largest that fits: {largest}")
-    if found.too_large is None:
+    if found.too_large is None and varied.most is None:
         rows[-1] += ", as far as was tried"
     log.info("%s", rows[-1])
     return "\n".join(rows)
