@@ -16,17 +16,18 @@ from re2tal_jax.accelerators import absent_devices
 from tests.test_memory import DEEP, SHALLOW, TARGETS, temp_bytes
 
 FRAMES = 32  # so that the ordinary stage of 32 blocks fits the targets too
+DEPTHS = (SHALLOW, 8, 16, DEEP)
 COMPILED_FOR = {"cpu": "CPU", "h100": "an H100", "v5e": "a TPU v5e"}
 
 
 def stage_memory(targets: Sequence[str]) -> Iterator[Row]:
-    """Compile the shallow and the deep stage, ordinary and rewired, for every target."""
+    """Compile the stage at every depth, ordinary and rewired, for every target."""
     # Absent devices first: once JAX has started without them it knows them no more.
     devices = {target: absent_devices(target)[0] for target in targets if target != "cpu"}
     for target in targets:
         device = jax.devices("cpu")[0] if target == "cpu" else devices[target]
         for name, rewired in (("ordinary", False), ("rewired", True)):
-            for depth in (SHALLOW, DEEP):
+            for depth in DEPTHS:
                 setting = f"{depth} blocks, {name}, for {COMPILED_FOR[target]}"
                 try:
                     mib = temp_bytes(device, depth, rewired=rewired, frames=FRAMES) / 2**20

@@ -31,6 +31,6 @@ def append_rows(
     versions = ", ".join(f"{name} {number}" for name, number in {**installed, **(others or {})}.items())
     new = not path.exists()
     with open(path, "a", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
+        writer = csv.writer(file, lineterminator="\n")
         writer.writerows([COLUMNS] if new else [])
         writer.writerows((date, machine, versions, b, s, f"{value:.4g}", unit) for b, s, value, unit in rows)

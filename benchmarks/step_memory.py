@@ -9,7 +9,7 @@ there (packages `aot`) in four ways:
     reversible, tiles           what this project runs: tile by tile, in place
 
 From the second to the third row is what reversibility saves, from the third to the last what tiles save. With --frames
-the config is compiled for each of so many frames, tiles alone: memory over frames. Rows of the CSV: date, machine,
+each is compiled for each of so many frames: memory over frames. Rows of the CSV: date, machine,
 versions, benchmark, setting, value, unit.
 """
 
@@ -43,8 +43,9 @@ CONFIGS = ("configs/anet.py", "configs/anet_slowfast101.py", "configs/anet_video
 class Checkpointed(Wiring):
     """The pretrained network; its states are kept, its residual functions recomputed from them in the backward pass."""
 
-    def states(self, branches: Any, x: Any, *, key: Any = None, aux: Any = None) -> Any:
-        """Run the branches and return the last two states."""
+    def states(self, branches: Any, x: Any, *, key: Any = None, aux: Any = None, stored: int = 0) -> Any:
+        """Run the branches and return the last two states; every state is stored."""
+        del stored
         (repeats, runs), _, x = make_runs(branches, x, key, aux)
 
         @jax.checkpoint
@@ -110,18 +111,17 @@ def by_way(path: str, target: str) -> Iterator[Row]:
 
 
 def by_frames(path: str, target: str, frames: list[int]) -> Iterator[Row]:
-    """Compile a config for several numbers of frames."""
+    """Compile a config in every way for several numbers of frames."""
     settings = batch_of_one(path)
     varied = quantity("frames", settings, 1)
-    for count in frames:
-        mib = temporaries(varied.apply(count // varied.unit), target, "reversible, tiles")
-        if mib is not None:
-            yield (
-                "step memory by frames",
-                f"{settings.backbone['name']}, {count:,} frames, for {target}",
-                round(mib),
-                "MiB",
-            )
+    for way in reversed(WAYS):
+        for count in frames:
+            mib = temporaries(varied.apply(count // varied.unit), target, way)
+            name = f"{settings.backbone['name']}, {count:,} frames, {way}, for {target}"
+            if mib is None:
+                print(f"{name}: not told")
+            else:
+                yield "step memory by frames", name, round(mib), "MiB"
 
 
 def batch_of_one(path: str) -> Settings:
@@ -135,7 +135,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", default="h100", help="what to compile for, see `--mode inspect`")
     parser.add_argument("--configs", nargs="+", default=CONFIGS, metavar="FILE")
-    parser.add_argument("--frames", nargs="+", type=int, help="compile for these numbers of frames, tiles alone")
+    parser.add_argument("--frames", nargs="+", type=int, help="compile for these numbers of frames instead")
     parser.add_argument("--out", type=Path, help="CSV that the rows are appended to")
     options = parser.parse_args()
     for path in options.configs:

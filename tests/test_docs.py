@@ -7,6 +7,7 @@ import re
 import runpy
 import shlex
 import typing
+import xml.etree.ElementTree
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -230,6 +231,14 @@ def test_a_table_needs_its_markers():
 def test_the_figure_is_what_its_script_draws(theme):
     script: Mapping[str, Any] = runpy.run_path(str(ROOT / "docs" / "figures" / "wiring.py"))
     assert (ROOT / "docs" / "figures" / f"wiring-{theme}.svg").read_text() == script["draw"](theme)
+
+
+def test_the_figure_of_memory_shows_the_results():
+    script: Mapping[str, Any] = runpy.run_path(str(ROOT / "docs" / "figures" / "memory.py"))
+    drawn = xml.etree.ElementTree.parse(ROOT / "docs" / "figures" / "memory.svg")
+    (said,) = (element.text for element in drawn.iter() if element.tag.endswith("}description"))
+    assert said == script["describe"](), "docs/figures/memory.svg is out of date: python docs/figures/memory.py"
+    assert all(len(script["read_lines"](name)) >= 2 for name in script["PANELS"])
 
 
 def test_the_worked_examples_are_what_the_command_prints():

@@ -1,0 +1,72 @@
+"""memory.svg, memory over frames and over depth, from results.csv: `python docs/figures/memory.py`.
+
+The rows are those of `benchmarks.step_memory --frames` and of `benchmarks.memory`, compiled for an H100. The file says
+in its metadata which figures it shows; a test compares them with the rows.
+"""
+
+import csv
+import re
+from pathlib import Path
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+RESULTS = Path(__file__).parents[1] / "results.csv"
+OUT = Path(__file__).with_suffix(".svg")
+PANELS = {
+    "step memory by frames": re.compile(r"video_swin_tiny, (?P<x>[\d,]+) frames, (?P<way>.+), for h100"),
+    "stage memory": re.compile(r"(?P<x>\d+) blocks, (?P<way>.+), for an H100"),
+}
+"""A benchmark for each panel, and the form of the settings that it shows."""
+
+Lines = dict[str, dict[int, float]]
+
+
+def read_lines(benchmark: str) -> Lines:
+    """Return MiB by frames or blocks, in order, of every way of running the network; a later row replaces another."""
+    found: Lines = {}
+    with RESULTS.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            if row["benchmark"] == benchmark and (match := PANELS[benchmark].fullmatch(row["setting"])):
+                found.setdefault(match["way"], {})[int(match["x"].replace(",", ""))] = float(row["value"])
+    return {way: dict(sorted(points.items())) for way, points in found.items()}
+
+
+def describe() -> str:
+    """Return the figures that are shown, as text."""
+    lines = [(name, way, points) for name in PANELS for way, points in read_lines(name).items()]
+    return "; ".join(
+        f"{name}, {way}: {', '.join(f'{x}: {mebibytes:g} MiB' for x, mebibytes in points.items())}"
+        for name, way, points in lines
+    )
+
+
+def draw() -> Figure:
+    """Return both panels, in GiB; all axes are logarithmic."""
+    figure = Figure((10, 4), layout="constrained")
+    frames, depth = figure.subplots(1, 2)
+    _draw(frames, read_lines("step memory by frames"))
+    frames.set(title="Training step of Re2Swin-T with ActionFormer, 224 x 224", xlabel="frames")
+    _draw(depth, read_lines("stage memory"))
+    depth.set(title="Gradient of Swin's first stage, 32 frames of 224 x 224", xlabel="blocks")
+    return figure
+
+
+def _draw(axes: Axes, lines: Lines) -> None:
+    for way, points in lines.items():
+        axes.plot(list(points), [mebibytes / 1024 for mebibytes in points.values()], marker="o", label=way)
+    ticks = sorted({x for points in lines.values() for x in points})
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(ticks, [f"{x:,}" for x in ticks])
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    axes.set_ylabel("temporaries for an H100, GiB")
+    axes.grid(alpha=0.3)
+    axes.legend()
+
+
+if __name__ == "__main__":
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "memory"}):
+        draw().savefig(OUT, metadata={"Description": describe(), "Date": None})
