@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from benchmarks.rows import Row, append_rows
 from re2tal_jax.accelerators import absent_devices
@@ -47,10 +48,11 @@ class Checkpointed(Wiring):
         """Run the branches and return the last two states; every state is stored."""
         del stored
         (repeats, runs), _, x = make_runs(branches, x, key, aux)
+        alpha, beta = jnp.asarray(self.alpha, x.dtype), jnp.asarray(self.beta, x.dtype)
 
         @jax.checkpoint
         def step(states: Any, link: Any) -> Any:
-            return plain_step(states, link, self.alpha, self.beta, aux)
+            return plain_step(states, link, alpha, beta, aux)
 
         def body(states: Any, run: Any) -> Any:
             for link in run:
@@ -100,7 +102,9 @@ def by_way(path: str, target: str) -> Iterator[Row]:
     """Compile a config in every way."""
     settings = batch_of_one(path)
     frames = settings.num_snippets * settings.frames_per_snippet
-    size = f"{settings.train.augment.height} x {settings.train.augment.width}"
+    seen = settings.train.augment
+    assert seen is not None, "recipes of step memory take frames"
+    size = f"{seen.height} x {seen.width}"
     for way in WAYS:
         mib = temporaries(settings, target, way)
         name = f"{Path(path).stem}: {settings.backbone['name']}, {frames:,} frames at {size}, {way}, for {target}"

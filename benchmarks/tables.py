@@ -49,7 +49,7 @@ def read_rows(path: Path) -> list[Row]:
         raise ValueError(f"{path}: expected the columns {', '.join(COLUMNS)} in every row.")
     rows: dict[tuple[str, str], Row] = {}
     for line in lines:
-        row = dict(zip(COLUMNS, line, strict=True))
+        row: Row = dict(zip(COLUMNS, line, strict=True))
         rows[row["benchmark"], row["setting"]] = row
     return list(rows.values())
 

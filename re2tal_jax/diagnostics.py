@@ -1,7 +1,7 @@
 """What a reversible chain loses and how large it grows: reconstruction error and largest |state| of every chain."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +54,7 @@ def diagnose_chain(
 def diagnose(module: nnx.Module, *inputs: Any, wiring: Wiring, **named_inputs: Any) -> list[ChainDiagnostics]:
     """Call a module that holds chains with the given wiring and return one entry per chain, in order of execution."""
     recorder = _Recorder(wiring)
-    rewire(module, recorder)(*inputs, **named_inputs)
+    rewire(module, cast(Wiring, recorder))(*inputs, **named_inputs)
     return list(recorder.records)
 
 

@@ -139,8 +139,8 @@ class Gathering:
             names = tuple(label for part in self._parts for label in part.labels)
         else:
             none = np.zeros((0, 2), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int32)
-            columns = (np.concatenate(column) for column in zip(none, *self._candidates, strict=True))
-            segments, scores, labels = batched_nms(*columns, self._config.nms)
+            segments, scores, labels = map(np.concatenate, zip(none, *self._candidates, strict=True))
+            segments, scores, labels = batched_nms(segments, scores, labels, self._config.nms)
             known = tuple(self._numbers)
             names = tuple(known[number] for number in labels.tolist())
         return _detections(segments, scores, names, self._config)

@@ -145,7 +145,7 @@ def rewire(module: M, wiring: Wiring = REWIRED) -> M:
         raise ValueError(f"{type(module).__name__} has no attribute `wiring` to replace: it is no residual backbone.")
     traced = any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(wiring))
     for submodule in wired:
-        submodule.wiring = nnx.data(wiring) if traced else wiring
+        submodule.wiring = nnx.data(wiring) if traced else wiring  # pyright: ignore[reportAttributeAccessIssue]
     return copy
 
 

@@ -75,7 +75,7 @@ def open_mesh(config: MeshConfig) -> Mesh:
     """
     if config.cpu_devices < 1:
         raise ConfigError(f"mesh.cpu_devices = {config.cpu_devices} must be at least 1.")
-    if config.cpu_devices > 1 and jax.config.jax_num_cpu_devices != config.cpu_devices:
+    if config.cpu_devices > 1 and jax.config.jax_num_cpu_devices != config.cpu_devices:  # pyright: ignore
         try:
             jax.config.update("jax_num_cpu_devices", config.cpu_devices)
         except RuntimeError as error:
