@@ -26,6 +26,7 @@ from benchmarks.rows import Row, append_rows
 from re2tal_jax.accelerators import absent_devices
 from re2tal_jax.config import read_config_file
 from re2tal_jax.detector import Detector
+from re2tal_jax.errors import ConfigError
 from re2tal_jax.experiment import Blueprint, draw_blueprint, make_detector
 from re2tal_jax.modes.fit import quantity
 from re2tal_jax.modes.inspect import step_plan
@@ -118,6 +119,8 @@ def by_frames(path: str, target: str, frames: list[int]) -> Iterator[Row]:
     """Compile a config in every way for several numbers of frames."""
     settings = batch_of_one(path)
     varied = quantity("frames", settings, 1)
+    if odd := [count for count in frames if count < 1 or count % varied.unit]:
+        raise ConfigError(f"--frames {odd}: allowed are multiples of {varied.unit}, which the localizer takes.")
     for way in reversed(WAYS):
         for count in frames:
             mib = temporaries(varied.apply(count // varied.unit), target, way)

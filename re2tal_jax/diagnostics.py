@@ -24,7 +24,10 @@ class ChainDiagnostics(NamedTuple):
 def diagnose_chain(
     wiring: Wiring, branches: Sequence[Branch], x: State, *, key: PRNGKeyArray | None = None, aux: Any = None
 ) -> ChainDiagnostics:
-    """Run a chain forward and back as training does, and compare what comes back with what went in."""
+    """Run a chain forward and back as training does, and compare what comes back with what went in.
+
+    All branches are undone, also those that training would store.
+    """
     (repeats, runs), _, x = make_runs(branches, x, key, aux)
     alpha, beta = jnp.asarray(wiring.alpha, x.dtype), jnp.asarray(wiring.beta, x.dtype)
 
@@ -83,10 +86,9 @@ class _Recorder:
     def __call__(self, branches: Sequence[Branch], x: State, **named: Any) -> State:
         return self.mean(*self.states(branches, x, **named))
 
-    def states(self, branches: Sequence[Branch], x: State, **named: Any) -> tuple[State, State]:
-        known = {name: value for name, value in named.items() if name in ("key", "aux")}
-        self.records.append(diagnose_chain(self.wiring, branches, x, **known))
-        return self.wiring.states(branches, x, **named)
+    def states(self, branches: Sequence[Branch], x: State, *, stored: int = 0, **named: Any) -> tuple[State, State]:
+        self.records.append(diagnose_chain(self.wiring, branches, x, **named))
+        return self.wiring.states(branches, x, stored=stored, **named)
 
     def mean(self, last: State, before: State) -> State:
         return self.wiring.mean(last, before)

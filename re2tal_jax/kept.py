@@ -39,7 +39,11 @@ class Kept:
 
 
 def call(function: Callable[..., T], *arguments: Any) -> tuple[T, Kept]:
-    """Return function(*arguments) and what it kept of it: arguments are not kept, they are given again."""
+    """Return function(*arguments) and what it kept of it: arguments are not kept, they are given again.
+
+    Kept is also what is closed over. Arguments are told among the leaves of `jax.vjp`'s derivative by identity; one
+    that is not told would be kept too, at the cost of memory alone.
+    """
     policy = jax.checkpoint_policies.save_only_these_names(_NAME)
     value, pull = jax.vjp(jax.checkpoint(function, policy=policy), *arguments)
     leaves, structure = jax.tree.flatten(pull)

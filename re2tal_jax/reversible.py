@@ -85,17 +85,23 @@ class Wiring:
         """Run `branches` and return the last two states, for what takes their `mean` piece by piece.
 
         The last `stored` branches of a reversible chain are not recomputed: their states are stored, and what they
-        `keep` (see `kept.py`). The function and its gradients are the same.
+        `keep` (see `kept.py`). The function is the same, its gradients are to rounding.
+
+        Raises:
+            ConfigError: a reversible chain whose beta is not positive, or a negative number of branches.
         """
         if self.reversible and isinstance(self.beta, int | float) and not self.beta > 0:
             raise ConfigError(
                 f"beta = {self.beta} has no inverse here; allowed: beta > 0, or reversible=False (the wiring PLAIN)."
             )
-        first, last, x = make_runs(branches, x, key, aux, stored if self.reversible else 0)
+        if stored < 0:
+            raise ConfigError(f"stored = {stored} branches: allowed is 0 (all are recomputed) or more.")
+        stored = stored if self.reversible else 0  # the others store all of them
+        first, last, x = make_runs(branches, x, key, aux, stored)
         shared = jnp.asarray(self.alpha, x.dtype), jnp.asarray(self.beta, x.dtype), aux
         chain = _reversible_chain if self.reversible else _plain_chain if self.is_plain else _twin_chain
         states = chain(*first, (x, x), *shared)
-        return _stored_chain(*last, states, *shared) if stored and self.reversible else states
+        return _stored_chain(*last, states, *shared) if stored else states
 
     def mean(self, last: State, before: State) -> State:
         """Return what a chain hands on of its last two states: (s_n + beta * s_{n-1}) / (1 + beta)."""
@@ -212,9 +218,8 @@ def kept_step(states: Any, link: Any, alpha: Array, beta: Array, aux: Any) -> An
     return (following, current), kept
 
 
-def kept_step_back(states: Any, kept: Any, dstates: Any, link: Any, alpha: Array, beta: Array, aux: Any) -> Any:
-    """(s_i, s_{i-1}), what was kept, cotangents of (s_{i+1}, s_i) -> those of (s_i, s_{i-1}), and as `step_back`."""
-    current, previous = states
+def kept_step_back(current: State, kept: Any, dstates: Any, link: Any, alpha: Array, beta: Array, aux: Any) -> Any:
+    """s_i, what was kept, cotangents of (s_{i+1}, s_i) -> those of (s_i, s_{i-1}), and of (branch, alpha, aux)."""
     dfollowing, dcurrent = dstates
     branch, unprepare = prepare_back(link[0])
 
@@ -222,10 +227,10 @@ def kept_step_back(states: Any, kept: Any, dstates: Any, link: Any, alpha: Array
         dcurrent, gradients = carry
         dincrement = part.read(dfollowing)
         dbranch, dx, dalpha, daux = kept.pull(branch, part.given(current), alpha, aux)(dincrement)
-        more = differentiable((dbranch, dalpha, jnp.vdot(dincrement, part.read(previous)), daux))
+        more = differentiable((dbranch, dalpha, daux))
         return (part.add(dcurrent, dx), jax.tree.map(jnp.add, gradients, more)), None
 
-    zeros = jax.tree.map(jnp.zeros_like, differentiable((branch, alpha, beta, aux)))
+    zeros = jax.tree.map(jnp.zeros_like, differentiable((branch, alpha, aux)))
     (dcurrent, (dbranch, *more)), _ = over_tiles(branch, current.shape, body, (dcurrent, zeros), kept)
     return (dcurrent, beta * dfollowing), (unprepare(dbranch), *more)
 
@@ -335,53 +340,62 @@ _reversible_chain.defvjp(_chain_forward, _chain_backward)
 
 def _stored_forward(repeats: tuple[int, ...], runs: Any, states: Any, alpha: Array, beta: Array, aux: Any) -> Any:
     def body(states, run):
-        before, steps = states[1], []
+        steps = []
         for link in run:
             current = states[0]
             states, kept = kept_step(states, link, alpha, beta, aux)
             steps.append((current, kept))
-        return states, (before, steps)
+        return states, tuple(steps)
 
-    stored = []
+    begin, stored = states, []
     for count, run in zip(repeats, runs, strict=True):
         states, steps = scan_run(count, body, states, run)
         stored.append(steps)
-    return states, (runs, stored, alpha, beta, aux)
+    return states, (runs, stored, begin[1], states[1], alpha, beta, aux)
 
 
 def _stored_backward(repeats: tuple[int, ...], residuals: Any, dstates: Any) -> Any:
-    runs, stored, alpha, beta, aux = residuals
+    """Return the cotangents.
+
+    That of beta is the sum of <ds_{i+1}, s_{i-1}> over the links i. A link has its s_i at hand, which is the one before
+    for the link i + 1, of whose ds_{i+2} the cotangent that comes with s_i is made: beta times it. For the last link it
+    is made of something else, which is taken off at the start, and the state before the first link is added at the end.
+    """
+    runs, stored, before_first, before_last, alpha, beta, aux = residuals
 
     def body(carry, item):
-        dstates, dshared = carry
-        run, (before, steps) = item
-        earlier, dlinks = [before, *(current for current, _ in steps[:-1])], []
-        for link, (current, kept), previous in reversed(list(zip(run, steps, earlier, strict=True))):
-            states = current, previous
-            dstates, (dbranch, *more) = kept_step_back(states, kept, dstates, link, alpha, beta, aux)
-            dshared = jax.tree.map(jnp.add, dshared, tuple(more))
+        dstates, (dalpha, dbeta, daux) = carry
+        dlinks = []
+        for link, (current, kept) in reversed(list(zip(*item, strict=True))):
+            dbeta = dbeta + jnp.vdot(dstates[1], current) / beta
+            dstates, (dbranch, *more) = kept_step_back(current, kept, dstates, link, alpha, beta, aux)
+            dalpha, daux = jax.tree.map(jnp.add, (dalpha, daux), tuple(more))
             dlinks.append((dbranch, None))
-        return (dstates, dshared), tuple(reversed(dlinks))
+        return (dstates, (dalpha, dbeta, daux)), tuple(reversed(dlinks))
 
-    carry = dstates, jax.tree.map(jnp.zeros_like, differentiable((alpha, beta, aux)))
+    dalpha, daux = jax.tree.map(jnp.zeros_like, differentiable((alpha, aux)))
+    carry = dstates, (dalpha, -jnp.vdot(dstates[1], before_last) / beta, daux)
     druns = []
     for count, run, steps in reversed(list(zip(repeats, runs, stored, strict=True))):
-        carry, dlinks = scan_run(count, body, carry, (run, steps), reverse=True)
+        carry, dlinks = scan_run(count, body, carry, (run, steps), reverse=True, period=len(run))
         druns.append(dlinks)
-    dstates, dshared = carry
-    return (tuple(reversed(druns)), dstates, *dshared)
+    dstates, (dalpha, dbeta, daux) = carry
+    dbeta = dbeta + jnp.vdot(dstates[1], before_first) / beta
+    return tuple(reversed(druns)), dstates, dalpha, dbeta, daux
 
 
 _stored_chain = jax.custom_vjp(_chain, nondiff_argnums=(0,))
 _stored_chain.defvjp(_stored_forward, _stored_backward)
 
 
-def scan_run(count: int, body: Any, carry: Any, run: Any, reverse: bool = False) -> Any:
-    """Apply body(carry, links) to every copy of a run's pattern.
+def scan_run(
+    count: int, body: Any, carry: Any, run: Any, reverse: bool = False, period: int | None = None
+) -> tuple[Any, Any]:
+    """Apply body(carry, links) to every copy of a run's pattern, of `period` links (None: `run` is a tuple of them).
 
     Each link writes over one of two states and swaps their places. A loop whose body is an even number of links gets
     them back as it had them; otherwise a compiler copies both whole, every time.
     """
     if count == 1:
         return body(carry, run)
-    return lax.scan(body, carry, run, reverse=reverse, unroll=1 + len(run) % 2)
+    return lax.scan(body, carry, run, reverse=reverse, unroll=1 + (len(run) if period is None else period) % 2)

@@ -74,7 +74,7 @@ def over_tiles(branch: Any, shape: tuple[int, ...], body: Any, carry: Any, given
     """Scan: carry, result = body(carry, part, given) for every tile of the branch in turn, or once for the whole.
 
     Returns:
-        The last carry, and the results of all tiles, stacked where there are several; `given` has their form.
+        The last carry, and the results of all tiles, stacked where there are several; `given` comes in the same form.
     """
     tiles = branch.tiles(shape) if hasattr(branch, "tiles") else None
     if tiles is None or tiles.count == 1:

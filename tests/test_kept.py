@@ -5,12 +5,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from re2tal_jax.backbones import vit_block
 from re2tal_jax.backbones.layers import Mlp
+from re2tal_jax.backbones.resnet3d import Bottleneck
+from re2tal_jax.backbones.swin_block import AttentionBranch, Grid, WindowAttention
 from re2tal_jax.errors import ConfigError
 from re2tal_jax.kept import call, keep, last_blocks
-from re2tal_jax.reversible import REWIRED
+from re2tal_jax.reversible import REWIRED, Wiring
+from re2tal_jax.tiling import prepare
 from tests.parameters import drawn
+from tests.test_reversible import assert_trees_close, gradients, inputs, make_chain
 
 
 def test_what_is_named_is_kept_and_arguments_are_given_again():
@@ -55,6 +61,77 @@ def test_a_stored_branch_computes_no_product_twice(stored, products):
     assert program.count(" dot(") == products
 
 
+GRID = Grid((4, 4, 4), (4, 4, 4), 2**20)
+BRANCHES = {
+    "window attention": (
+        lambda **named: AttentionBranch(WindowAttention(8, 2, (2, 4, 4), True, True, **named), GRID),
+        (1, 4, 4, 4, 8),
+        {(3, 2, 2, 32, 4), (2, 2, 32, 1), (2, 2, 32, 4)},
+    ),
+    "attention": (
+        lambda **named: vit_block.AttentionBranch(vit_block.Attention(8, 2, True, 1e-6, **named), 2**20),
+        (1, 3, 5, 8),
+        {(3, 1, 1, 3, 2, 5, 4), (1, 1, 3, 2, 5, 1), (1, 1, 3, 2, 5, 4)},
+    ),
+    "attention, a head at a time": (
+        lambda **named: vit_block.AttentionBranch(vit_block.Attention(8, 2, True, 1e-6, **named), 25),
+        (1, 3, 5, 8),
+        {(3, 2, 1, 3, 1, 5, 4), (2, 1, 3, 1, 5, 1), (2, 1, 3, 1, 5, 4)},
+    ),
+    "MLP": (lambda **named: Mlp(8, 32, **named), (1, 3, 5, 8), {(1, 3, 5, 32)}),
+    "bottleneck": (
+        lambda **named: Bottleneck(8, 2, inflate=True, **named),
+        (1, 3, 4, 4, 8),
+        {(1, 3, 4, 4, 2), (1, 3, 4, 4, 8)},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BRANCHES)
+def test_branches_keep_results_of_products_and_no_weights_of_attention(name):
+    """In bfloat16: no parameter is among them, as it is or cast; float32 are sums and what an average is made of."""
+    make, shape, expected = BRANCHES[name]
+    branch = nnx.eval_shape(lambda: make(dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+
+    def run(branch, x):
+        return call(lambda branch, x: branch(x, key=None, aux=None), prepare(branch), x)[1].results
+
+    results = jax.eval_shape(run, branch, jax.ShapeDtypeStruct(shape, jnp.float32))
+    assert {result.shape for result in results if result.size > 8} == expected
+
+
+def test_stored_branches_on_eight_devices_give_the_gradient_of_one():
+    with jax.enable_x64(True):
+        branches, (x, aux) = make_chain(6, alternate=True), inputs()
+        alpha, beta = jnp.zeros((), jnp.float64), jnp.ones((), jnp.float64)
+        key = jax.random.key(3)
+        want = gradients(lambda a, b: Wiring(a, b, False), branches, x, aux, alpha, beta, key)
+        mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+        x, aux = jax.device_put((x, aux), NamedSharding(mesh, PartitionSpec("data")))
+        got = gradients(lambda a, b: Wiring(a, b, True), branches, x, aux, alpha, beta, key, stored=4)
+        assert_trees_close(got, want, 1e-10)
+
+
+@pytest.mark.parametrize("traced", [False, True], ids=["constant", "traced"])
+@pytest.mark.parametrize("alternate", [False, True], ids=["period 1", "period 2"])
+def test_a_stored_branch_costs_one_state_beside_what_it_keeps(alternate, traced):
+    """These keep nothing; coefficients that are differentiated store nothing more."""
+
+    def temporaries(depth):
+        branches, (x, _) = make_chain(depth, alternate=alternate, dtype=jnp.float32), inputs(4096, jnp.float32)
+
+        def loss(branches, x, beta):
+            return jnp.sum(Wiring(0.0, beta if traced else 1.0)(branches, x, stored=depth) ** 2)
+
+        program = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(branches, x, jnp.float32(1)).compile()
+        stats = program.memory_analysis()
+        assert stats is not None
+        return stats.temp_size_in_bytes / x.nbytes
+
+    per_branch = (temporaries(24) - temporaries(8)) / 16
+    assert per_branch == pytest.approx(1, abs=0.1)
+
+
 @pytest.mark.parametrize(
     ("stored", "split"),
     [(0, (0, 0, 0)), (1, (0, 0, 1)), (2, (0, 0, 2)), (5, (0, 3, 2)), (6, (1, 3, 2)), (99, (2, 3, 2))],
@@ -66,3 +143,5 @@ def test_the_last_blocks_of_a_network_are_shared_out_to_its_chains(stored, split
 def test_a_negative_number_of_blocks_is_refused():
     with pytest.raises(ConfigError, match=r"stored_blocks = -1: allowed is 0 .* or more"):
         last_blocks(-1, (2, 3))
+    with pytest.raises(ConfigError, match=r"stored = -1 branches: allowed is 0 .* or more"):
+        REWIRED(make_chain(2, dtype=jnp.float32), jnp.ones((1, 8)), stored=-1)

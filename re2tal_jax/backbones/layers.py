@@ -141,7 +141,7 @@ class DropPath:
             return self.branch(x, key=None, aux=aux, **tile)
         mask_key, branch_key = jax.random.split(key)
         y = self.branch(x, key=branch_key, aux=aux, **tile)
-        keep = 1 - jax.lax.stop_gradient(self.rate)
-        kept = jax.random.bernoulli(mask_key, keep, (x.shape[0],) + (1,) * (x.ndim - 1))
-        precise = y.astype(at_least_float32(y.dtype))  # in bfloat16, 1 / keep would be off by up to 0.4 %
-        return jnp.where(kept, precise / keep.astype(precise.dtype), 0).astype(y.dtype)
+        share = 1 - jax.lax.stop_gradient(self.rate)
+        mask = jax.random.bernoulli(mask_key, share, (x.shape[0],) + (1,) * (x.ndim - 1))
+        precise = y.astype(at_least_float32(y.dtype))  # in bfloat16, 1 / share would be off by up to 0.4 %
+        return jnp.where(mask, precise / share.astype(precise.dtype), 0).astype(y.dtype)

@@ -161,7 +161,7 @@ class Stage(nnx.Module):
         )
 
     def run(self, wiring: Wiring, x: Float[Array, "B T H W C"], stored: int) -> Features:
-        """Return what the chain that starts from x hands on, in at least float32; `stored` of its last blocks are."""
+        """Return what the chain that starts from x hands on, in at least float32; the last `stored` blocks store."""
         states = wiring.states(list(self.blocks)[1:], x, stored=stored)
         return states[:1] if wiring.is_plain else states
 
@@ -254,8 +254,8 @@ class Pathway(nnx.Module):
         _check(depths, base_channels, stem_frames, inflate, in_channels)
         self.stem = Stem(in_channels, base_channels, stem_frames, dtype=dtype, rngs=rngs)
         self.in_channels, self.out_channels, self.workspace, stages = in_channels, base_channels, workspace, []
-        alone = [not any(inflate[: i + 1]) for i in range(len(depths))]  # see `run`
-        chains = [0 if a else depth - 1 for a, depth in zip(alone, depths, strict=True)]
+        self.single_frame_stages = next((i for i, inflated in enumerate(inflate) if inflated), len(inflate))
+        chains = [depth - 1 if i >= self.single_frame_stages else 0 for i, depth in enumerate(depths)]
         self.stored_blocks = last_blocks(stored_blocks, chains)
         for i, (depth, inflated) in enumerate(zip(depths, inflate, strict=True)):
             width, added = base_channels * 2**i, joined[i] if joined else 0
@@ -283,10 +283,9 @@ class Pathway(nnx.Module):
         states to undo there: it runs them all on a stretch, and in the backward pass again, with what autodiff keeps of
         that stretch. Every block is computed twice, as when it is undone, and the largest states are never there.
         """
-        blocks = [stage.blocks[0] for stage in self.stages]
-        alone = next((i for i, block in enumerate(blocks) if block.halo), len(blocks)) if wiring.reversible else 0
+        alone = self.single_frame_stages if wiring.reversible else 0
         results = [(self._run_frames(wiring, x, joined, stages),) for stages in range(1, alone + 1)]  # the last is used
-        for i in range(alone, len(blocks)):
+        for i in range(alone, len(self.stages)):
             more = joined[i] if joined else None
             stage, features = self.stages[i], results[-1] if results else (x,)
             results.append(stage.run(wiring, stage.start(wiring, features, more), self.stored_blocks[i]))

@@ -65,7 +65,7 @@ class VideoSwin(nnx.Module):
         `drop_path_rate` is that of the last block; it grows from 0 linearly with depth. `workspace` bounds the elements
         that a branch works on at once, for each sample: a reversible chain runs on tiles of the grid. Smaller tiles
         take less memory; where they are too small, an accelerator is not filled. The last `stored_blocks` blocks of a
-        reversible network are not recomputed: less time for more memory, least for the last ones.
+        reversible network are not recomputed: less time for more memory, of which the last blocks take least.
 
         Raises:
             ConfigError: sizes that make no network.

@@ -58,7 +58,7 @@ class Attention(nnx.Module):
         """Map (B, clips, N, C) to the same shape in the compute dtype.
 
         Heads attend in `turns` groups of one size, one after the other. They share nothing, so that nothing is summed
-        over turns; of a turn its queries, keys and values alone are kept for the backward pass.
+        over turns; autodiff keeps of a turn its queries, keys and values alone.
         """
         y = self.qkv(self.norm(x))
         if self.qkv_bias:
@@ -69,7 +69,7 @@ class Attention(nnx.Module):
             y = attend(q, k, v)
         else:
             y = lax.map(lambda group: jax.checkpoint(attend, prevent_cse=False)(*group), (q, k, v))
-        return self.proj(rearrange(keep(y), "g b n h t d -> b n t (g h d)"))
+        return self.proj(rearrange(y, "g b n h t d -> b n t (g h d)"))
 
 
 @jax.tree_util.register_dataclass

@@ -91,7 +91,7 @@ class Quantity:
             height, width = _seen(self.apply(n).train)
             return f"{height} x {width} pixels"
         if self.name == "stored_blocks":
-            return f"{n} stored blocks"
+            return f"{n} stored block{'s' if n != 1 else ''}"
         return f"{n * self.unit:,} {'frames' if self.name == 'frames' else 'videos a batch'}"
 
 
@@ -145,7 +145,9 @@ def _stored(settings: Settings) -> int:
             "--fit stored_blocks: this config has no reversible backbone, nothing is recomputed; take frames or batch."
         )
     every = _store(settings, 2**30)
-    return sum(nnx.eval_shape(make_detector(every)).backbone.stored_blocks)
+    if not (most := sum(nnx.eval_shape(make_detector(every)).backbone.stored_blocks)):
+        raise ConfigError("--fit stored_blocks: this backbone has no chain to store blocks of; take frames or batch.")
+    return most
 
 
 def _store(settings: Settings, blocks: int) -> Settings:

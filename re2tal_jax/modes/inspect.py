@@ -193,10 +193,12 @@ def fit_report(name: str, settings: Settings, mesh: Mesh, memory: int | None) ->
         return step.needed
 
     found = largest_that_fits(needed, limit, varied.start, power=varied.power, most=varied.most)
-    largest = varied.describe(found.largest) if found.largest else f"none, not even {varied.describe(1)}"
+    least = 1 if varied.most is None else 0  # of blocks, none can be stored
+    fits = found.largest > 0 or (least == 0 and needed(0) <= limit)
+    largest = varied.describe(found.largest) if fits else f"none, not even {varied.describe(least)}"
     rows.append(f"the largest that fits: {largest}")
-    if found.too_large is None and varied.most is None:
-        rows[-1] += ", as far as was tried"
+    if found.too_large is None:
+        rows[-1] += ", as far as was tried" if varied.most is None else ", all there are"
     log.info("%s", rows[-1])
     return "\n".join(rows)
 
