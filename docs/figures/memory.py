@@ -1,6 +1,6 @@
 """memory.svg, memory over frames and over depth, from results.csv: `python docs/figures/memory.py`.
 
-The rows are those of `benchmarks.step_memory --frames` and of `benchmarks.memory`, compiled for an H100. The file says
+The rows are those of `benchmarks.step_memory` and of `benchmarks.memory`, compiled for an H100. The file says
 in its metadata which figures it shows; a test compares them with the rows.
 """
 
@@ -16,10 +16,12 @@ from matplotlib.ticker import FuncFormatter
 RESULTS = Path(__file__).parents[1] / "results.csv"
 OUT = Path(__file__).with_suffix(".svg")
 PANELS = {
-    "step memory by frames": re.compile(r"video_swin_tiny, (?P<x>[\d,]+) frames, (?P<way>.+), for h100"),
+    "step memory by": re.compile(
+        r"(anet: )?video_swin_tiny, (?P<x>[\d,]+) frames( at 224 x 224)?, (?P<way>.+), for h100"
+    ),
     "stage memory": re.compile(r"(?P<x>\d+) blocks, (?P<way>.+), for an H100"),
 }
-"""A benchmark for each panel, and the form of the settings that it shows."""
+"""How the benchmarks of a panel begin, and the form of the settings that it shows."""
 
 Lines = dict[str, dict[int, float]]
 
@@ -29,7 +31,7 @@ def read_lines(benchmark: str) -> Lines:
     found: Lines = {}
     with RESULTS.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
-            if row["benchmark"] == benchmark and (match := PANELS[benchmark].fullmatch(row["setting"])):
+            if row["benchmark"].startswith(benchmark) and (match := PANELS[benchmark].fullmatch(row["setting"])):
                 found.setdefault(match["way"], {})[int(match["x"].replace(",", ""))] = float(row["value"])
     return {way: dict(sorted(points.items())) for way, points in found.items()}
 
@@ -47,8 +49,8 @@ def draw() -> Figure:
     """Return both panels, in GiB; all axes are logarithmic."""
     figure = Figure((10, 4), layout="constrained")
     frames, depth = figure.subplots(1, 2)
-    _draw(frames, read_lines("step memory by frames"))
-    frames.set(title="Training step of Re2Swin-T with ActionFormer, 224 x 224", xlabel="frames")
+    _draw(frames, read_lines("step memory by"))
+    frames.set(title="Training step of Swin-T with ActionFormer, 224 x 224", xlabel="frames")
     _draw(depth, read_lines("stage memory"))
     depth.set(title="Gradient of Swin's first stage, 32 frames of 224 x 224", xlabel="blocks")
     return figure
