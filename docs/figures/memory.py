@@ -11,7 +11,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
 RESULTS = Path(__file__).parents[1] / "results.csv"
 OUT = Path(__file__).with_suffix(".svg")
@@ -48,11 +48,12 @@ def describe() -> str:
 def draw() -> Figure:
     """Return both panels, in GiB; all axes are logarithmic."""
     figure = Figure((10, 4), layout="constrained")
+    figure.suptitle("224 x 224 pixels")
     frames, depth = figure.subplots(1, 2)
     _draw(frames, read_lines("step memory by"))
-    frames.set(title="Training step of Swin-T with ActionFormer, 224 x 224", xlabel="frames")
+    frames.set(title="Training step, Swin-T and ActionFormer", xlabel="frames")
     _draw(depth, read_lines("stage memory"))
-    depth.set(title="Gradient of Swin's first stage, 32 frames of 224 x 224", xlabel="blocks")
+    depth.set(title="Gradient of Swin's first stage, 32 frames", xlabel="blocks")
     return figure
 
 
@@ -61,9 +62,11 @@ def _draw(axes: Axes, lines: Lines) -> None:
         axes.plot(list(points), [mebibytes / 1024 for mebibytes in points.values()], marker="o", label=way)
     ticks = sorted({x for points in lines.values() for x in points})
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
+    axes.set_yscale("log", base=2)
     axes.set_xticks(ticks, [f"{x:,}" for x in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_ylabel("temporaries for an H100, GiB")
     axes.grid(alpha=0.3)
     axes.legend()
