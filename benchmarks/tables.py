@@ -20,7 +20,12 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results.csv"
 BEGIN, END = "<!-- results: written by python -m benchmarks.tables -->", "<!-- end of results -->"
 
-CONTESTANTS = ("OpenTAD plain", "OpenTAD reversible", "ours rewired (workspace 4194304)")
+CONTESTANTS = (
+    "OpenTAD plain",
+    "OpenTAD reversible",
+    "ours rewired (workspace 4194304, stored_blocks 0)",
+    "ours rewired (workspace 4194304, stored_blocks 2)",
+)
 SHOWN = {
     "demo": ("`make demo`", ("",)),
     "against PyTorch": (
