@@ -9,8 +9,8 @@ there (packages `aot`) in four ways:
     reversible, tiles           what this project runs: tile by tile, in place
 
 From the second to the third row is what reversibility saves, from the third to the last what tiles save. With --frames
-each is compiled for each of so many frames: memory over frames. Rows of the CSV: date, machine,
-versions, benchmark, setting, value, unit.
+each is compiled for each of so many frames: memory over frames. Rows of the CSV: date, machine, versions, benchmark,
+setting, value, unit.
 """
 
 import argparse

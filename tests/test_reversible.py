@@ -70,30 +70,30 @@ def assert_trees_close(got, want, tolerance):
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(1.0, float(jnp.abs(b).max())))
 
 
-@pytest.mark.parametrize(("depth", "alternate"), [(1, False), (7, False), (6, True), (5, True)])
+@pytest.mark.parametrize(
+    ("depth", "alternate", "stored"),
+    [
+        (1, False, 0),
+        (7, False, 0),
+        (6, True, 0),
+        (5, True, 0),
+        (1, False, 1),
+        (7, True, 3),
+        (6, True, 6),
+        (5, False, 9),
+    ],
+)
 @pytest.mark.parametrize("coefficients", [(0.0, 1.0), (0.4, 0.7)], ids=["re2tal", "dr2net"])
-def test_rewired_gradient_equals_plain_autodiff(depth, alternate, coefficients):
+def test_rewired_gradient_equals_plain_autodiff(depth, alternate, stored, coefficients):
     """Of branches, input, auxiliary inputs and both coefficients, under jit, with drop path up to 0.3."""
     with jax.enable_x64(True):
         branches, (x, aux) = make_chain(depth, alternate=alternate), inputs()
         alpha, beta = (jnp.asarray(c, jnp.float64) for c in coefficients)
         key = jax.random.key(3)
-        got = gradients(lambda a, b: Wiring(a, b, True), branches, x, aux, alpha, beta, key)
-        want = gradients(lambda a, b: Wiring(a, b, False), branches, x, aux, alpha, beta, key)
-        assert_trees_close(got, want, 1e-10)
-        assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(want[1][1:]))
-
-
-@pytest.mark.parametrize(("depth", "stored"), [(1, 1), (7, 3), (6, 6)])
-@pytest.mark.parametrize("coefficients", [(0.0, 1.0), (0.4, 0.7)], ids=["re2tal", "dr2net"])
-def test_gradient_of_stored_branches_equals_plain_autodiff(depth, stored, coefficients):
-    with jax.enable_x64(True):
-        branches, (x, aux) = make_chain(depth, alternate=True), inputs()
-        alpha, beta = (jnp.asarray(c, jnp.float64) for c in coefficients)
-        key = jax.random.key(3)
         got = gradients(lambda a, b: Wiring(a, b, True), branches, x, aux, alpha, beta, key, stored)
         want = gradients(lambda a, b: Wiring(a, b, False), branches, x, aux, alpha, beta, key)
         assert_trees_close(got, want, 1e-10)
+        assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(want[1][1:]))
 
 
 def test_stored_branches_of_low_precision_give_the_same_bits():
@@ -108,7 +108,8 @@ def test_stored_branches_of_low_precision_give_the_same_bits():
         np.testing.assert_array_equal(got, want)
 
 
-def test_gradient_on_eight_devices_equals_plain_autodiff_on_one():
+@pytest.mark.parametrize("stored", [0, 4])
+def test_gradient_on_eight_devices_equals_plain_autodiff_on_one(stored):
     with jax.enable_x64(True):
         branches, (x, aux) = make_chain(6, alternate=True), inputs()
         alpha, beta = jnp.zeros((), jnp.float64), jnp.ones((), jnp.float64)
@@ -116,7 +117,7 @@ def test_gradient_on_eight_devices_equals_plain_autodiff_on_one():
         want = gradients(lambda a, b: Wiring(a, b, False), branches, x, aux, alpha, beta, key)
         mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
         x, aux = jax.device_put((x, aux), NamedSharding(mesh, PartitionSpec("data")))
-        got = gradients(lambda a, b: Wiring(a, b, True), branches, x, aux, alpha, beta, key)
+        got = gradients(lambda a, b: Wiring(a, b, True), branches, x, aux, alpha, beta, key, stored)
         assert_trees_close(got, want, 1e-10)
 
 
