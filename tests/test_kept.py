@@ -1,5 +1,7 @@
 """What a function keeps of its forward pass: no more than it names, and what is kept is not computed again."""
 
+from collections import Counter
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -65,23 +67,23 @@ BRANCHES = {
     "window attention": (
         lambda **named: AttentionBranch(WindowAttention(8, 2, (2, 4, 4), True, True, **named), GRID),
         (1, 4, 4, 4, 8),
-        {(3, 2, 2, 32, 4), (2, 2, 32, 1), (2, 2, 32, 4)},
+        {(2, 2, 32, 1): 1, (2, 2, 32, 4): 4},
     ),
     "attention": (
         lambda **named: vit_block.AttentionBranch(vit_block.Attention(8, 2, True, 1e-6, **named), 2**20),
         (1, 3, 5, 8),
-        {(3, 1, 1, 3, 2, 5, 4), (1, 1, 3, 2, 5, 1), (1, 1, 3, 2, 5, 4)},
+        {(1, 1, 3, 2, 5, 1): 1, (1, 1, 3, 2, 5, 4): 4},
     ),
     "attention, a head at a time": (
         lambda **named: vit_block.AttentionBranch(vit_block.Attention(8, 2, True, 1e-6, **named), 25),
         (1, 3, 5, 8),
-        {(3, 2, 1, 3, 1, 5, 4), (2, 1, 3, 1, 5, 1), (2, 1, 3, 1, 5, 4)},
+        {(2, 1, 3, 1, 5, 1): 1, (2, 1, 3, 1, 5, 4): 4},
     ),
-    "MLP": (lambda **named: Mlp(8, 32, **named), (1, 3, 5, 8), {(1, 3, 5, 32)}),
+    "MLP": (lambda **named: Mlp(8, 32, **named), (1, 3, 5, 8), {(1, 3, 5, 32): 1}),
     "bottleneck": (
         lambda **named: Bottleneck(8, 2, inflate=True, **named),
         (1, 3, 4, 4, 8),
-        {(1, 3, 4, 4, 2), (1, 3, 4, 4, 8)},
+        {(1, 3, 4, 4, 2): 2, (1, 3, 4, 4, 8): 1},
     ),
 }
 
@@ -96,7 +98,7 @@ def test_branches_keep_results_of_products_and_no_weights_of_attention(name):
         return call(lambda branch, x: branch(x, key=None, aux=None), prepare(branch), x)[1].results
 
     results = jax.eval_shape(run, branch, jax.ShapeDtypeStruct(shape, jnp.float32))
-    assert {result.shape for result in results if result.size > 8} == expected
+    assert Counter(result.shape for result in results if result.size > 8) == expected
 
 
 @pytest.mark.parametrize("traced", [False, True], ids=["constant", "traced"])

@@ -5,10 +5,12 @@ they were before they summed to 1, in the precision they are used in, and the de
 result's channels instead of over the keys (FlashAttention, arXiv 2205.14135, appendix B.4).
 """
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jaxtyping import Array, Float, Shaped
 
 from re2tal_jax.backbones.layers import at_least_float32
@@ -37,6 +39,39 @@ def attend(
     It has a derivative in reverse alone: `jax.jvp` and what builds on it raise.
     """
     return _forward(q, k, v, bias, regions)[0]
+
+
+def split_heads(
+    qkv: Float[Array, "*B t _"], pattern: str, **sizes: int
+) -> tuple[Float[Array, "*C h t d"], Float[Array, "*C h t d"], Float[Array, "*C h t d"]]:
+    """Return queries, keys and values by head, of their product with all channels of the three.
+
+    Args:
+        qkv: thirds of the last axis are those of q, k and v, a head's channels side by side.
+        pattern: of einops, for each of them.
+        sizes: names in the pattern with their sizes.
+
+    Autodiff would add three cotangents of the size of all, and have the sum in as many layouts as products read it.
+    """
+    return _split(qkv, pattern, tuple(sizes.items()))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _split(qkv: Array, pattern: str, sizes: tuple[tuple[str, int], ...]) -> Any:
+    return tuple(rearrange(part, pattern, **dict(sizes)) for part in jnp.split(qkv, 3, axis=-1))
+
+
+def _split_forward(qkv: Array, pattern: str, sizes: tuple[tuple[str, int], ...]) -> tuple[Any, None]:
+    return _split(qkv, pattern, sizes), None
+
+
+def _split_backward(pattern: str, sizes: tuple[tuple[str, int], ...], _: None, dparts: tuple[Array, ...]) -> Any:
+    del sizes  # the parts have them
+    back = " -> ".join(reversed(pattern.split(" -> ")))
+    return (jnp.concatenate([rearrange(dpart, back) for dpart in dparts], axis=-1),)
+
+
+_split.defvjp(_split_forward, _split_backward)
 
 
 def _forward(q: Array, k: Array, v: Array, bias: Array | None, regions: Array | None) -> tuple[Array, Any]:

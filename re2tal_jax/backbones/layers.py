@@ -5,6 +5,7 @@ A *branch* is a callable pytree `branch(x, *, key, aux)` that returns an array o
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -56,6 +57,43 @@ class LayerNorm(nnx.Module):
         return (centred * deviation * scale + bias).astype(self.dtype)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product(x: Float[Array, "*B C"], kernel: Float[Array, "C D"], precision: Any) -> Float[Array, "*B D"]:
+    """Return x @ kernel; in its derivative the product over tokens has the narrower of its factors first.
+
+    It is the first one that XLA transposes on a CPU.
+    """
+    return jnp.matmul(x, kernel, precision=precision)
+
+
+def _product_forward(x: Array, kernel: Array, precision: Any) -> tuple[Array, tuple[Array, Array]]:
+    return _product(x, kernel, precision), (x, kernel)
+
+
+def _product_backward(precision: Any, factors: tuple[Array, Array], dresult: Array) -> tuple[Array, Array]:
+    x, kernel = factors
+    dx = jnp.matmul(dresult, kernel.T, precision=precision)
+    narrow, wide = (x, dresult) if x.shape[-1] <= dresult.shape[-1] else (dresult, x)
+    tokens = tuple(range(x.ndim - 1))
+    dkernel = jnp.tensordot(narrow, wide, axes=(tokens, tokens), precision=precision)
+    return dx, dkernel if narrow is x else dkernel.T
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+def _dot_general(
+    x: Array, kernel: Array, dimensions: Any, precision: Any = None, out_sharding: Any = None
+) -> Float[Array, "*B D"]:
+    """Return `_product` as flax calls it: always with the last axis of x and the first of the kernel."""
+    del dimensions, out_sharding
+    return _product(x, kernel, precision)
+
+
+Linear = partial(nnx.Linear, dot_general=_dot_general)
+"""A linear map of the last axis: that of flax, with a derivative that a CPU takes faster."""
+
+
 def pad_to_multiple(x: Float[Array, "B *size C"], multiple: Sequence[int]) -> Float[Array, "B *padded C"]:
     """Append zeros at the end of the axes between batch and channels until each is a multiple of its number."""
     ends = [-size % m for size, m in zip(x.shape[1:-1], multiple, strict=True)]
@@ -88,8 +126,8 @@ class Mlp(nnx.Module):
 
     def __init__(self, features: int, hidden: int, *, epsilon: float = 1e-5, dtype: DTypeLike, rngs: nnx.Rngs):
         self.norm = LayerNorm(features, epsilon=epsilon, dtype=dtype, rngs=rngs)
-        self.fc1 = nnx.Linear(features, hidden, dtype=dtype, rngs=rngs)
-        self.fc2 = nnx.Linear(hidden, features, dtype=dtype, rngs=rngs)
+        self.fc1 = Linear(features, hidden, dtype=dtype, rngs=rngs)
+        self.fc2 = Linear(hidden, features, dtype=dtype, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "*B C"], *, key: PRNGKeyArray | None = None, aux: Any = None

@@ -15,8 +15,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from re2tal_jax.backbones.attention import attend
-from re2tal_jax.backbones.layers import LayerNorm, Mlp
+from re2tal_jax.backbones.attention import attend, split_heads
+from re2tal_jax.backbones.layers import LayerNorm, Linear, Mlp
 from re2tal_jax.backbones.tiles import GridTiles, plan_tiles
 from re2tal_jax.backbones.windows import (
     Size,
@@ -68,8 +68,8 @@ class WindowAttention(nnx.Module):
     ):
         self.num_heads, self.window_size, self.shifted = num_heads, window_size, shifted
         self.norm = LayerNorm(dim, dtype=dtype, rngs=rngs)
-        self.qkv = nnx.Linear(dim, 3 * dim, use_bias=qkv_bias, dtype=dtype, rngs=rngs)
-        self.proj = nnx.Linear(dim, dim, dtype=dtype, rngs=rngs)
+        self.qkv = Linear(dim, 3 * dim, use_bias=qkv_bias, dtype=dtype, rngs=rngs)
+        self.proj = Linear(dim, dim, dtype=dtype, rngs=rngs)
         positions = int(np.prod([2 * w - 1 for w in window_size]))
         table = jax.nn.initializers.truncated_normal(0.02)(rngs.params(), (positions, num_heads), jnp.float32)
         self.relative_position_bias = nnx.Param(table)
@@ -87,7 +87,7 @@ class WindowAttention(nnx.Module):
         self, x: Float[Array, "n N C"], regions: Float[Array, "n N"] | None, bias: Float[Array, "h N N"]
     ) -> Float[Array, "n N C"]:
         """Attend inside each of n windows of N tokens; tokens of different `regions` are kept apart."""
-        q, k, v = keep(rearrange(self.qkv(x), "n t (s h d) -> s n h t d", s=3, h=self.num_heads))
+        q, k, v = keep(split_heads(self.qkv(x), "n t (h d) -> n h t d", h=self.num_heads))
         return self.proj(rearrange(attend(q, k, v, bias, regions), "n h t d -> n t (h d)"))
 
 

@@ -15,8 +15,8 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from re2tal_jax.backbones.attention import attend
-from re2tal_jax.backbones.layers import LayerNorm, Mlp
+from re2tal_jax.backbones.attention import attend, split_heads
+from re2tal_jax.backbones.layers import LayerNorm, Linear, Mlp
 from re2tal_jax.backbones.tiles import GridTiles, plan_tiles
 from re2tal_jax.chunks import count_chunks
 from re2tal_jax.kept import keep
@@ -48,11 +48,11 @@ class Attention(nnx.Module):
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool, epsilon: float, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.num_heads, self.qkv_bias = num_heads, qkv_bias
         self.norm = LayerNorm(dim, epsilon=epsilon, dtype=dtype, rngs=rngs)
-        self.qkv = nnx.Linear(dim, 3 * dim, use_bias=False, dtype=dtype, rngs=rngs)
+        self.qkv = Linear(dim, 3 * dim, use_bias=False, dtype=dtype, rngs=rngs)
         if qkv_bias:
             self.q_bias = nnx.Param(jnp.zeros(dim, jnp.float32))
             self.v_bias = nnx.Param(jnp.zeros(dim, jnp.float32))
-        self.proj = nnx.Linear(dim, dim, dtype=dtype, rngs=rngs)
+        self.proj = Linear(dim, dim, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: State, turns: int = 1) -> State:
         """Map (B, clips, N, C) to the same shape in the compute dtype.
@@ -64,11 +64,16 @@ class Attention(nnx.Module):
         if self.qkv_bias:
             q_bias, v_bias = self.q_bias[...], self.v_bias[...]
             y = y + jnp.concatenate([q_bias, jnp.zeros_like(q_bias), v_bias]).astype(y.dtype)
-        q, k, v = keep(rearrange(y, "b n t (s g h d) -> s g b n h t d", s=3, g=turns, h=self.num_heads // turns))
+        heads = self.num_heads // turns
+        q, k, v = keep(split_heads(y, "b n t (g h d) -> g b n h t d", g=turns, h=heads))
         if turns == 1:
             y = attend(q, k, v)
         else:
-            y = lax.map(lambda group: jax.checkpoint(attend, prevent_cse=False)(*group), (q, k, v))
+
+            def one_turn(group: tuple[Array, Array, Array]) -> Array:
+                return jax.checkpoint(attend, prevent_cse=False)(*group)
+
+            y = lax.map(one_turn, (q, k, v))
         return self.proj(rearrange(y, "g b n h t d -> b n t (g h d)"))
 
 
