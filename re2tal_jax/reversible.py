@@ -311,7 +311,7 @@ def _chain_forward(repeats: tuple[int, ...], runs: Any, states: Any, alpha: Arra
 def _chain_backward(repeats: tuple[int, ...], residuals: Any, dstates: Any) -> Any:
     runs, states, alpha, beta, aux = residuals
 
-    def body(carry, run):
+    def body(carry, run, _):
         states, dstates, dshared = carry
         dlinks = []
         for link in reversed(run):
@@ -325,7 +325,7 @@ def _chain_backward(repeats: tuple[int, ...], residuals: Any, dstates: Any) -> A
     carry = states, dstates, jax.tree.map(jnp.zeros_like, differentiable((alpha, beta, aux)))
     druns = []
     for count, run in reversed(list(zip(repeats, runs, strict=True))):
-        carry, dlinks = scan_run(count, body, carry, run, reverse=True)
+        carry, dlinks = scan_back(count, body, carry, run)
         druns.append(dlinks)
     _, dstates, dshared = carry
     return (tuple(reversed(druns)), dstates, *dshared)
@@ -363,10 +363,10 @@ def _stored_backward(repeats: tuple[int, ...], residuals: Any, dstates: Any) -> 
     """
     runs, stored, before_first, before_last, alpha, beta, aux = residuals
 
-    def body(carry, item):
+    def body(carry, run, steps):
         dstates, (dalpha, dbeta, daux) = carry
         dlinks = []
-        for link, (current, kept) in reversed(list(zip(*item, strict=True))):
+        for link, (current, kept) in reversed(list(zip(run, steps, strict=True))):
             dbeta = dbeta + jnp.vdot(dstates[1], current) / beta
             dstates, (dbranch, *more) = kept_step_back(current, kept, dstates, link, alpha, beta, aux)
             dalpha, daux = jax.tree.map(jnp.add, (dalpha, daux), tuple(more))
@@ -377,7 +377,7 @@ def _stored_backward(repeats: tuple[int, ...], residuals: Any, dstates: Any) -> 
     carry = dstates, (dalpha, -jnp.vdot(dstates[1], before_last) / beta, daux)
     druns = []
     for count, run, steps in reversed(list(zip(repeats, runs, stored, strict=True))):
-        carry, dlinks = scan_run(count, body, carry, (run, steps), reverse=True, period=len(run))
+        carry, dlinks = scan_back(count, body, carry, run, steps)
         druns.append(dlinks)
     dstates, (dalpha, dbeta, daux) = carry
     dbeta = dbeta + jnp.vdot(dstates[1], before_first) / beta
@@ -388,14 +388,48 @@ _stored_chain = jax.custom_vjp(_chain, nondiff_argnums=(0,))
 _stored_chain.defvjp(_stored_forward, _stored_backward)
 
 
-def scan_run(
-    count: int, body: Any, carry: Any, run: Any, reverse: bool = False, period: int | None = None
-) -> tuple[Any, Any]:
-    """Apply body(carry, links) to every copy of a run's pattern, of `period` links (None: `run` is a tuple of them).
+def scan_run(count: int, body: Any, carry: Any, run: Any, reverse: bool = False) -> tuple[Any, Any]:
+    """Apply body(carry, links) to every copy of a run's pattern."""
+    if count == 1:
+        return body(carry, run)
+    return lax.scan(body, carry, run, reverse=reverse, unroll=_unroll(run))
+
+
+def scan_back(count: int, body: Any, carry: Any, run: Any, given: Any = None) -> tuple[Any, Any]:
+    """Apply body(carry, links, given) -> (carry, cotangents) to every copy of a run's pattern, the last one first.
+
+    What is stacked of a copy is not needed after its turn: its cotangents are written in its place. So a run takes its
+    parameters' memory once, not twice.
+    """
+    if count == 1:
+        return body(carry, run, given)
+    leaves, structure = jax.tree.flatten(run)
+    moving = [place for place, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+
+    def one_copy(both: Any, item: Any) -> tuple[Any, None]:
+        (carry, stacked), (number, given) = both, item
+        taken = [lax.dynamic_index_in_dim(leaf, number, keepdims=False) for leaf in _replace(leaves, moving, stacked)]
+        carry, dlinks = body(carry, jax.tree.unflatten(structure, taken), given)
+        dleaves = jax.tree.leaves(dlinks)
+        put = lax.dynamic_update_index_in_dim
+        return (carry, [put(leaf, dleaf, number, 0) for leaf, dleaf in zip(stacked, dleaves, strict=True)]), None
+
+    begin = carry, [leaves[place] for place in moving]
+    numbers = jnp.arange(count, dtype=jnp.int32)
+    (carry, dleaves), _ = lax.scan(one_copy, begin, (numbers, given), reverse=True, unroll=_unroll(run))
+    return carry, jax.tree.unflatten(structure, _replace([None] * len(leaves), moving, dleaves))
+
+
+def _replace(leaves: list[Any], places: list[int], values: list[Any]) -> list[Any]:
+    """Return the leaves with values in some places."""
+    by_place = dict(zip(places, values, strict=True))
+    return [by_place.get(place, leaf) for place, leaf in enumerate(leaves)]
+
+
+def _unroll(run: Any) -> int:
+    """Return how many copies of a pattern a loop's body holds.
 
     Each link writes over one of two states and swaps their places. A loop whose body is an even number of links gets
     them back as it had them; otherwise a compiler copies both whole, every time.
     """
-    if count == 1:
-        return body(carry, run)
-    return lax.scan(body, carry, run, reverse=reverse, unroll=1 + (len(run) if period is None else period) % 2)
+    return 1 + len(run) % 2

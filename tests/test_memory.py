@@ -60,14 +60,14 @@ def copies_in_loops(program: str, shape: str) -> list[str]:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_rewired_stage_neither_grows_with_depth_nor_copies_its_states(target):
-    """At most 3 % from depth 4 to 32, with the recipe's frames: what grows is a copy of the parameters.
+    """At most 1 % from depth 4 to 32, with the recipe's frames: what grows is a copy of the parameters.
 
     One test, as both are told by one program. A TPU's compiler once held attention's and the MLP's states in two
     layouts, and copied them whole from one to the other.
     """
     device = device_of(target)
     shallow, deep = (temp_bytes(device, depth, rewired=True) for depth in (SHALLOW, DEEP))
-    assert deep <= 1.03 * shallow
+    assert deep <= 1.01 * shallow
     program = compiled_stage(device, SHALLOW, rewired=True).as_text()
     assert f"f32[{STATE}]" in program.partition("\nENTRY ")[0]
     assert copies_in_loops(program, STATE) == []
