@@ -14,6 +14,7 @@ from benchmarks.turns import host_memory, serve
 from checkpoints_convert.rules import fill, flatten
 from re2tal_jax.backbones import build_backbone
 from re2tal_jax.training.compile_cache import cache_hits
+from re2tal_jax.training.host_memory import give_back
 
 
 class Ours:
@@ -44,7 +45,7 @@ class Ours:
             model = fill(self._abstract(self.dtype or jnp.float32), {key: arrays[key] for key in arrays.files})
         graph, state = nnx.split(model)
         self.graph, self.state, self.video = graph, jax.device_put(state), jax.device_put(np.load(video))
-        self.run = jax.jit(jax.value_and_grad(lambda state, video: _loss(nnx.merge(graph, state)(video))))
+        self.run = None
         return self.memory()
 
     def _abstract(self, dtype: Any) -> Any:
@@ -69,9 +70,16 @@ class Ours:
         return {}
 
     def step(self) -> dict[str, Any]:
-        """Run forward and backward of mean(features**2) once; return the seconds, and the programs read from disk."""
+        """Run forward and backward of mean(features**2) once; return the seconds, and the programs read from disk.
+
+        The first step compiles, and gives back what compiling took, as training does.
+        """
         with cache_hits() as hits:
             start = time.perf_counter()
+            if self.run is None:
+                run = jax.jit(jax.value_and_grad(lambda state, video: _loss(nnx.merge(self.graph, state)(video))))
+                self.run = run.lower(self.state, self.video).compile()
+                give_back()
             jax.block_until_ready(self.run(self.state, self.video))
             seconds = time.perf_counter() - start
         return {"seconds": seconds, "from_cache": len(hits)}

@@ -19,6 +19,7 @@ from re2tal_jax.errors import ConfigError, DataError, Re2TalError
 from re2tal_jax.training.checkpoint import Checkpoints, write_config
 from re2tal_jax.training.compile_cache import cache_hits
 from re2tal_jax.training.header import log_header
+from re2tal_jax.training.host_memory import give_back
 from re2tal_jax.training.interrupt import Leave, StopSignals
 from re2tal_jax.training.metrics import MetricWriter, Progress, memory_estimate
 from re2tal_jax.training.optim import CONSTANTS, Duration, Params
@@ -196,6 +197,7 @@ class Run:
         with cache_hits() as hits:
             compiled = lowered.compile()
         seconds = time.monotonic() - begin
+        give_back()
         how = "from the cache" if hits else "compiled"
         log.info("train step: %s in %.1f s, plans %s", how, seconds, memory_estimate(compiled))
         self.progress.pause(seconds)
