@@ -24,7 +24,7 @@ def in_chunks(function: Function, count: int, params: Any, *arrays: Array) -> An
             a plain function: what it needs comes in `params`.
         count: divides axis 1 of every array.
         params: a pytree of arrays that every stretch gets whole.
-        arrays: cut along axis 1.
+        arrays: cut along axis 1; those of floats are differentiated.
     """
     return in_overlapping_chunks(function, count, (0,) * len(arrays), params, *arrays)
 
@@ -101,7 +101,11 @@ def _backward(function: Function, count: int, halos: tuple[int, ...], residuals:
         _, pull = jax.vjp(function, params, *stretches)
         more, *dstretches = pull(jax.tree.map(lambda d: _read(d, count, 0, number), dresults))
         written = [
-            add_stretch(d, dstretch, number * (d.shape[1] // count), halo) if halo else _write(d, dstretch, number)
+            d
+            if d is None
+            else add_stretch(d, dstretch, number * (d.shape[1] // count), halo)
+            if halo
+            else _write(d, dstretch, number)
             for d, dstretch, halo in zip(darrays, dstretches, halos, strict=True)
         ]
         return (jax.tree.map(jnp.add, dparams, more), written), None
@@ -110,6 +114,8 @@ def _backward(function: Function, count: int, halos: tuple[int, ...], residuals:
     after = jax.tree.leaves(dresults)[0]
     darrays = [
         (_zeros if halo else _to_be_filled)(array.shape, array.dtype, after)
+        if jnp.issubdtype(array.dtype, jnp.inexact)
+        else None
         for array, halo in zip(arrays, halos, strict=True)
     ]
     dparams, darrays = lax.scan(body, (zeros, darrays), jnp.arange(count))[0]

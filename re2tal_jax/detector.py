@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from re2tal_jax.backbones.layers import at_least_float32
+from re2tal_jax.frames import Frames
 from re2tal_jax.targets import snippet_classes
 from re2tal_jax.types import Batch
 
@@ -17,7 +17,7 @@ class Detector(nnx.Module):
     """An end-to-end detector: `loss` trains it, `predict` proposes segments.
 
     Args:
-        backbone: maps a normalised video to features, or to a tuple of features of several pathways.
+        backbone: maps a video, as `frames.Frames`, to features, or to a tuple of features of several pathways.
         localizer: maps snippet features to proposals; see `re2tal_jax.localizers`.
         num_snippets: T, the length to which pooled features are interpolated.
         num_classes: K.
@@ -57,12 +57,10 @@ class Detector(nnx.Module):
         self, video: Float[Array, "B F H W 3"] | Float[Array, "B T C"], *, key: PRNGKeyArray | None = None
     ) -> Float[Array, "B T C"]:
         """Return one float32 feature a snippet of a video in 0..255; pathways are joined. Features pass unchanged."""
-        if self.pixel_mean is not None and self.pixel_std is not None:
-            # in bfloat16 a mean of 123.675 would be 123.5, and differences of pixels near it lose their last bits
-            precise = at_least_float32(video.dtype)
-            mean, std = (jnp.asarray(v, precise) for v in (self.pixel_mean, self.pixel_std))
-            video = ((video.astype(precise) - mean) / std).astype(video.dtype)
-        pathways = self.backbone(video, key=key)
+        if self.pixel_mean is None or self.pixel_std is None:
+            pathways = self.backbone(video, key=key)
+        else:
+            pathways = self.backbone(Frames(video, tuple(self.pixel_mean), tuple(self.pixel_std)), key=key)
         pathways = pathways if isinstance(pathways, tuple) else (pathways,)
         return jnp.concatenate([pool_to_snippets(p, self.num_snippets) for p in pathways], axis=-1)
 

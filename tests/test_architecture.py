@@ -13,7 +13,7 @@ LAYERS = [
         *("types", "registry", "config", "command", "errors", "segments", "runs", "accelerators", "seeds"),
         *("activitynet_format", "weights", "progress", "locks", "torch_files"),
     ),
-    ("exact", "kept", "tiling", "chunks", "reversible", "diagnostics"),
+    ("exact", "kept", "tiling", "chunks", "frames", "reversible", "diagnostics"),
     ("backbones", "targets", "losses"),
     ("localizers", "detector"),
     ("nms", "external_classifier", "postprocess", "evaluation"),

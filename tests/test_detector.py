@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from re2tal_jax.detector import Detector, interpolation_weights, pool_to_snippets
+from re2tal_jax.frames import normalized
 from re2tal_jax.types import Batch
 
 
@@ -37,7 +38,7 @@ class Backbone(nnx.Module):
         self.out_channels = 5
 
     def __call__(self, video, *, key=None):
-        grey = video.mean(-1, keepdims=True)
+        grey = normalized(video).mean(-1, keepdims=True)
         return jnp.repeat(grey[:, ::4], 3, -1), jnp.repeat(grey, 2, -1)
 
 

@@ -1,11 +1,11 @@
 """Video backbones by name; each serves the ordinary and the rewired network from the same parameters.
 
-Contract: `backbone(video, *, key=None)` maps a normalised video (B, F, H, W, C) to features (B, T, h, w, D), or to a
-tuple of such features, one a pathway; `.intermediates(video)` returns them with a dict of what the stages gave.
-`temporal_stride` (frames per feature; a tuple where features are one), `out_channels` (D, of all pathways together),
-`wiring` and, of a network, `stored_blocks` (how many of each chain; of the longest pathway) are attributes. Without a
-key nothing is random. `features` stands among them for features that are read from files: it maps (B, T, C) to
-(B, T, 1, 1, C) and has neither parameters nor another wiring.
+Contract: `backbone(video, *, key=None)` maps a video (B, F, H, W, C), normalised or as `frames.Frames` that it is to
+normalise, to features (B, T, h, w, D), or to a tuple of such features, one a pathway; `.intermediates(video)` returns
+them with a dict of what the stages gave. `temporal_stride` (frames per feature; a tuple where features are one),
+`out_channels` (D, of all pathways together), `wiring` and, of a network, `stored_blocks` (how many of each chain; of
+the longest pathway) are attributes. Without a key nothing is random. `features` stands among them for features that are
+read from files: it maps (B, T, C) to (B, T, 1, 1, C) and has neither parameters nor another wiring.
 """
 
 from typing import Any

@@ -23,6 +23,7 @@ from re2tal_jax.backbones.layers import at_least_float32, check_dtype
 from re2tal_jax.backbones.tiles import FrameTiles, plan_frames
 from re2tal_jax.chunks import count_chunks, in_chunks, in_overlapping_chunks
 from re2tal_jax.errors import ConfigError, DataError
+from re2tal_jax.frames import Video, in_stretches
 from re2tal_jax.kept import last_blocks
 from re2tal_jax.reversible import PLAIN, REWIRED, Wiring
 
@@ -201,17 +202,17 @@ class Stem(ConvNorm):
         """Return features in the compute dtype, H and W divided by four, rounded up."""
         return max_pool(jax.nn.relu(super().__call__(x, pad_time=pad_time)))
 
-    def of_video(self, video: Float[Array, "B F H W C"], workspace: int, stride: int = 1) -> Float[Array, "B T h w D"]:
+    def of_video(self, video: Video, workspace: int, stride: int = 1) -> Float[Array, "B T h w D"]:
         """Return the features of every `stride`-th frame, which divides their number."""
         frames, pixels = video.shape[1] // stride, math.prod(video.shape[2:4])
         taps, *_, in_channels, channels = self.conv.kernel.shape
         per_frame = 2 * pixels * ((stride + taps) * in_channels + channels // 2)  # a quarter, and pooled
-        count, halo = count_chunks(frames, per_frame, workspace), stride * self.conv.halo
-        return in_overlapping_chunks(functools.partial(_embed, stride=stride), count, (halo,), self, video)
+        count = count_chunks(frames, per_frame, workspace)
+        return in_stretches(_embed, count, self, video, halo=self.conv.halo, stride=stride)
 
 
-def _embed(stem: Stem, video: Float[Array, "B F H W C"], stride: int) -> Float[Array, "B T h w D"]:
-    return stem(video[:, ::stride], pad_time=False)
+def _embed(stem: Stem, video: Float[Array, "B F H W C"]) -> Float[Array, "B T h w D"]:
+    return stem(video, pad_time=False)
 
 
 class Pathway(nnx.Module):
@@ -346,14 +347,12 @@ class ResNet3D(Pathway):
         self.temporal_stride = 1
         self.wiring: Wiring = REWIRED if rewired else PLAIN
 
-    def __call__(
-        self, video: Float[Array, "B F H W C"], *, key: PRNGKeyArray | None = None
-    ) -> Float[Array, "B F h w D"]:
+    def __call__(self, video: Video, *, key: PRNGKeyArray | None = None) -> Float[Array, "B F h w D"]:
         """Return features in at least float32; nothing is random, `key` is not used."""
         return self.intermediates(video, key=key)[0]
 
     def intermediates(
-        self, video: Float[Array, "B F H W C"], *, key: PRNGKeyArray | None = None
+        self, video: Video, *, key: PRNGKeyArray | None = None
     ) -> tuple[Float[Array, "B F h w D"], dict[str, Float[Array, "B _ _ _ _"]]]:
         """Return the features and, by name, what `stem` and `layer<i>` gave."""
         check_video(video.shape, self.in_channels)

@@ -32,6 +32,7 @@ from re2tal_jax.backbones.resnet3d import (
 )
 from re2tal_jax.chunks import count_chunks, in_overlapping_chunks
 from re2tal_jax.errors import ConfigError, DataError
+from re2tal_jax.frames import Video
 from re2tal_jax.reversible import PLAIN, REWIRED, Wiring
 
 Pathways = tuple[Float[Array, "B T h w C"], Float[Array, "B F h w D"]]
@@ -118,12 +119,12 @@ class SlowFast(nnx.Module):
         self.out_channels = self.slow.out_channels + self.fast.out_channels
         self.stored_blocks = max(self.slow.stored_blocks, self.fast.stored_blocks, key=sum)
 
-    def __call__(self, video: Float[Array, "B F H W C"], *, key: PRNGKeyArray | None = None) -> Pathways:
+    def __call__(self, video: Video, *, key: PRNGKeyArray | None = None) -> Pathways:
         """Return the features of both pathways in at least float32; nothing is random, `key` is not used."""
         return self.intermediates(video, key=key)[0]
 
     def intermediates(
-        self, video: Float[Array, "B F H W C"], *, key: PRNGKeyArray | None = None
+        self, video: Video, *, key: PRNGKeyArray | None = None
     ) -> tuple[Pathways, dict[str, Float[Array, "B _ _ _ _"]]]:
         """Return the features and, by name, what the parts gave.
 

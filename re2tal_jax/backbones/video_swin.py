@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from re2tal_jax.backbones.layers import (
     DropPath,
     LayerNorm,
+    Linear,
     PatchProjection,
     at_least_float32,
     check_dtype,
@@ -29,6 +30,7 @@ from re2tal_jax.backbones.swin_block import AttentionBranch, Block, Grid, MlpBra
 from re2tal_jax.backbones.windows import Size, as_size, clamp_window
 from re2tal_jax.chunks import count_chunks, in_chunks
 from re2tal_jax.errors import ConfigError, DataError
+from re2tal_jax.frames import Video, in_stretches
 from re2tal_jax.kept import last_blocks
 from re2tal_jax.reversible import PLAIN, REWIRED, Wiring
 
@@ -93,14 +95,12 @@ class VideoSwin(nnx.Module):
         self.stages = nnx.List(stages)
         self.norm = LayerNorm(self.out_channels, dtype=at_least_float32(dtype), rngs=rngs)
 
-    def __call__(
-        self, video: Float[Array, "B F H W C"], *, key: PRNGKeyArray | None = None
-    ) -> Float[Array, "B T h w D"]:
+    def __call__(self, video: Video, *, key: PRNGKeyArray | None = None) -> Float[Array, "B T h w D"]:
         """Return features in at least float32; `key` switches drop path on."""
         return self.intermediates(video, key=key)[0]
 
     def intermediates(
-        self, video: Float[Array, "B F H W C"], *, key: PRNGKeyArray | None = None
+        self, video: Video, *, key: PRNGKeyArray | None = None
     ) -> tuple[Float[Array, "B T h w D"], dict[str, Float[Array, "B _ _ _ _"]]]:
         """Return the features and, by name, what the parts gave.
 
@@ -163,19 +163,17 @@ class PatchEmbed(nnx.Module):
         self.proj = PatchProjection(patch_size, in_channels, dim, dtype=dtype, rngs=rngs)
         self.norm = LayerNorm(dim, dtype=at_least_float32(dtype), rngs=rngs)
 
-    def __call__(self, video: Float[Array, "B F H W C"], workspace: int) -> Float[Array, "B T h w D"]:
+    def __call__(self, video: Video, workspace: int) -> Float[Array, "B T h w D"]:
         """Return tokens in at least float32: they start the states of the first stage."""
-        video = pad_to_multiple(video, self.proj.patch_size)
         patch, dim = self.proj.patch_size, self.norm.scale.shape[0]
-        times = video.shape[1] // patch[0]
-        per_time = 2 * (
-            math.prod(video.shape[2:4]) // math.prod(patch[1:]) * dim + patch[0] * math.prod(video.shape[2:])
-        )
-        return in_chunks(_embed, count_chunks(times, per_time, workspace), self, video)
+        times, rows, columns = (-(-n // p) for n, p in zip(video.shape[1:4], patch, strict=True))
+        per_time = 2 * rows * columns * (dim + math.prod(patch) * video.shape[-1])
+        count, missing = count_chunks(times, per_time, workspace), times * patch[0] - video.shape[1]
+        return in_stretches(_embed, count, self, video, end=missing)
 
 
 def _embed(embed: PatchEmbed, video: Float[Array, "B F H W C"]) -> Float[Array, "B T h w D"]:
-    return embed.norm(embed.proj(video))
+    return embed.norm(embed.proj(pad_to_multiple(video, embed.proj.patch_size)))
 
 
 class PatchMerging(nnx.Module):
@@ -183,7 +181,7 @@ class PatchMerging(nnx.Module):
 
     def __init__(self, dim: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.norm = LayerNorm(4 * dim, dtype=dtype, rngs=rngs)
-        self.reduction = nnx.Linear(4 * dim, 2 * dim, use_bias=False, dtype=dtype, rngs=rngs)
+        self.reduction = Linear(4 * dim, 2 * dim, use_bias=False, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T H W C"]) -> Float[Array, "B T h w D"]:
         """Return (B, T, ceil(H / 2), ceil(W / 2), 2C) in the dtype of x."""

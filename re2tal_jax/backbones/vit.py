@@ -21,8 +21,9 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from re2tal_jax.backbones.layers import DropPath, LayerNorm, PatchProjection, at_least_float32, check_dtype
 from re2tal_jax.backbones.positions import resize_positions, sinusoidal_positions
 from re2tal_jax.backbones.vit_block import AttentionBranch, Block, MlpBranch
-from re2tal_jax.chunks import count_chunks, in_chunks
+from re2tal_jax.chunks import count_chunks
 from re2tal_jax.errors import ConfigError, DataError, did_you_mean
+from re2tal_jax.frames import Video, in_stretches
 from re2tal_jax.kept import last_blocks
 from re2tal_jax.reversible import PLAIN, REWIRED, Wiring
 
@@ -106,9 +107,7 @@ class VisionTransformer(nnx.Module):
         if final_norm != "none":
             self.norm = LayerNorm(embed_dim, epsilon=norm_epsilon, dtype=at_least_float32(dtype), rngs=rngs)
 
-    def __call__(
-        self, video: Float[Array, "B F H W C"], *, key: PRNGKeyArray | None = None
-    ) -> Float[Array, "B T h w D"]:
+    def __call__(self, video: Video, *, key: PRNGKeyArray | None = None) -> Float[Array, "B T h w D"]:
         """Return features in at least float32, the clips' in order of time.
 
         `key` switches drop path on.
@@ -119,7 +118,7 @@ class VisionTransformer(nnx.Module):
         return self.intermediates(video, key=key)[0]
 
     def intermediates(
-        self, video: Float[Array, "B F H W C"], *, key: PRNGKeyArray | None = None
+        self, video: Video, *, key: PRNGKeyArray | None = None
     ) -> tuple[Float[Array, "B T h w D"], dict[str, Float[Array, "B T h w D"]]]:
         """Return the features and, by name, what the parts gave.
 
@@ -136,7 +135,7 @@ class VisionTransformer(nnx.Module):
         features = named["blocks"]
         return (self.norm(features) if self.final_norm == "tokens" else features), named
 
-    def pooled(self, video: Float[Array, "B F H W C"], *, key: PRNGKeyArray | None = None) -> Float[Array, "B D"]:
+    def pooled(self, video: Video, *, key: PRNGKeyArray | None = None) -> Float[Array, "B D"]:
         """Return the normalised mean of a video's tokens, what the published classifiers map to classes.
 
         Raises:
@@ -166,7 +165,7 @@ class VisionTransformer(nnx.Module):
             for branch in (AttentionBranch(block.attn, self.workspace), MlpBranch(block.mlp, self.workspace))
         ]
 
-    def _check_video(self, video: Float[Array, "B F H W C"]) -> None:
+    def _check_video(self, video: Video) -> None:
         if video.ndim != 5 or video.shape[-1] != self.in_channels:
             expected = f"(batch, frames, height, width, {self.in_channels})"
             raise DataError(f"Video of shape {video.shape} does not fit the backbone: expected {expected}.")
@@ -200,12 +199,12 @@ class PatchEmbed(nnx.Module):
         return height, width
 
     def __call__(
-        self, video: Float[Array, "B F H W C"], positions: Float[Array, "N D"], num_frames: int, workspace: int
+        self, video: Video, positions: Float[Array, "N D"], num_frames: int, workspace: int
     ) -> Float[Array, "B clips N D"]:
         """Return the tokens of clips of `num_frames`, in at least float32: they start the states of the chain."""
         clips = video.shape[1] // num_frames
         per_clip = 2 * (positions.size + num_frames * math.prod(video.shape[2:]))
-        return in_chunks(_embed, count_chunks(clips, per_clip, workspace), (self, positions), video)
+        return in_stretches(_embed, count_chunks(clips, per_clip, workspace), (self, positions), video)
 
 
 def _embed(

@@ -1,4 +1,4 @@
-"""Augmentation on the accelerator: uint8 frames as stored to float frames as the backbone takes them.
+"""Augmentation on the accelerator: frames as stored to frames as the backbone takes them.
 
 Every clip gets its own draw, and all of its frames the same one. Crop, resize and flip are two small matrix products a
 frame; a rotation makes them one bilinear look-up. A block of frames is worked on at a time, so that beside the stored
@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key, UInt8
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped, UInt8
 
 from re2tal_jax.errors import ConfigError, did_you_mean
 from re2tal_jax.types import Batch
@@ -42,7 +42,7 @@ class AugmentConfig:
     hue: turn of the colour circle, uniform in +- hue; published 0.1 of 255 in a circle of 180, that is 0.14 here.
     center: where there is no random crop, cut out the largest centred part of the result's proportions; without it
         the whole picture is squeezed to (height, width).
-    dtype: of the result, whose values are 0..255.
+    dtype: of the result, whose values are 0..255; uint8 rounds them once, published pipelines after every change.
     block_frames: frames worked on at a time.
     """
 
@@ -58,7 +58,7 @@ class AugmentConfig:
     saturation: float = 0.0
     hue: float = 0.0
     center: bool = False
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "uint8"] = "float32"
     block_frames: int = 16
 
     def __post_init__(self) -> None:
@@ -101,7 +101,7 @@ def augment(
     frame_size: Float[Array, "B 2"],
     config: AugmentConfig,
     key: Key[Array, ""] | None,
-) -> Float[Array, "B F h w 3"]:
+) -> Shaped[Array, "B F h w 3"]:
     """Return the clips cropped, resized, mirrored, turned and coloured, each in its own way; values 0..255.
 
     Args:
@@ -130,7 +130,7 @@ def evaluation(config: AugmentConfig) -> AugmentConfig:
 
 def _by_blocks(
     sample: Callable[[Array], Array], video: UInt8[Array, "B F H W 3"], config: AugmentConfig
-) -> Float[Array, "B F h w 3"]:
+) -> Shaped[Array, "B F h w 3"]:
     """Apply `sample` to blocks of frames, writing each into its place; the last block may overlap the one before."""
     batch, frames = video.shape[:2]
     size = min(config.block_frames, frames)
@@ -139,7 +139,8 @@ def _by_blocks(
     def step(i: Array, out: Array) -> Array:
         first = jnp.minimum(i * size, frames - size)
         block = jax.lax.dynamic_slice_in_dim(video, first, size, axis=1)
-        return jax.lax.dynamic_update_slice_in_dim(out, sample(block).astype(dtype), first, axis=1)
+        result = jnp.round(sample(block)) if dtype == jnp.uint8 else sample(block)
+        return jax.lax.dynamic_update_slice_in_dim(out, result.astype(dtype), first, axis=1)
 
     empty = jnp.zeros((batch, frames, config.height, config.width, 3), dtype)
     return jax.lax.fori_loop(0, -(-frames // size), step, empty)
@@ -221,13 +222,10 @@ def _straight_sampler(draw: _Draw, frames: UInt8[Array, "F H W 3"], config: Augm
     rows, columns = _centred(config.height), _centred(config.width)
     columns = jnp.where(draw.flip, -columns, columns)
     rows, columns = draw.top + (rows + 0.5) * draw.height, draw.left + (columns + 0.5) * draw.width
-    # uint8 values are exact in bfloat16; its rounded weights are not good enough for a float32 result
-    dtype = jnp.dtype(config.dtype)
-    precision = "highest" if config.dtype == "float32" else "default"
-    down = _bilinear(rows, frames.shape[1]).astype(dtype)
-    across = _bilinear(columns, frames.shape[2]).astype(dtype)
-    half = jnp.einsum("hy,fyxc->fhxc", down, frames.astype(dtype), precision=precision)
-    return jnp.einsum("wx,fhxc->fhwc", across, half, precision=precision).astype(jnp.float32)
+    down, across = _bilinear(rows, frames.shape[1]), _bilinear(columns, frames.shape[2])
+    # the frames are exact in bfloat16, the weights are not
+    half = jnp.einsum("hy,fyxc->fhxc", down, frames.astype(jnp.float32), precision="highest")
+    return jnp.einsum("wx,fhxc->fhwc", across, half, precision="highest")
 
 
 def _bilinear(positions: Float[Array, " n"], size: int) -> Float[Array, "n size"]:
