@@ -8,7 +8,8 @@ A step is forward and backward of mean(features**2), without drop path.
 
 Where PyTorch and JAX both see a GPU, steps run there in bfloat16 (float32 states in ours), and its memory is told; else
 on the processor in float32. Memory of a process counts from its birth, imports and parameters included; what ours
-compiles is compiled before, in another process. Ctrl-C ends the rounds: what was measured is reported.
+compiles is compiled before, in another process, and what reading it took is given back before steps are counted, as
+training does (`training/host_memory.py`). Ctrl-C ends the rounds: what was measured is reported.
 """
 
 import argparse

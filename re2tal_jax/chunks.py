@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 Function = Callable[..., Any]
 
@@ -57,8 +57,8 @@ def count_chunks(length: int, per_position: int, workspace: int) -> int:
 
 
 def read_stretch(
-    array: Float[Array, "B T *rest"], begin: Int[Array, ""] | int, length: int, halo: int = 0
-) -> Float[Array, "B t *rest"]:
+    array: Shaped[Array, "B T *rest"], begin: Int[Array, ""] | int, length: int, halo: int = 0
+) -> Shaped[Array, "B t *rest"]:
     """Return `length` positions of axis 1 and `halo` more at both ends, zeros outside the array."""
     if not halo:
         return lax.dynamic_slice_in_dim(array, begin, length, axis=1)

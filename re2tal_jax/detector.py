@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, Shaped
 
 from re2tal_jax.frames import Frames
 from re2tal_jax.targets import snippet_classes
@@ -54,18 +54,21 @@ class Detector(nnx.Module):
         return self.localizer.initial_state()
 
     def features(
-        self, video: Float[Array, "B F H W 3"] | Float[Array, "B T C"], *, key: PRNGKeyArray | None = None
+        self, video: Shaped[Array, "B F H W 3"] | Float[Array, "B T C"], *, key: PRNGKeyArray | None = None
     ) -> Float[Array, "B T C"]:
         """Return one float32 feature a snippet of a video in 0..255; pathways are joined. Features pass unchanged."""
-        if self.pixel_mean is None or self.pixel_std is None:
-            pathways = self.backbone(video, key=key)
-        else:
-            pathways = self.backbone(Frames(video, tuple(self.pixel_mean), tuple(self.pixel_std)), key=key)
+        pathways = self.backbone(self.given(video), key=key)
         pathways = pathways if isinstance(pathways, tuple) else (pathways,)
         return jnp.concatenate([pool_to_snippets(p, self.num_snippets) for p in pathways], axis=-1)
 
+    def given(self, video: Shaped[Array, "B F H W 3"] | Float[Array, "B T C"]) -> Any:
+        """Return what the backbone is given: frames with what normalises them, or features as they are."""
+        if self.pixel_mean is None or self.pixel_std is None:
+            return video
+        return Frames(video, tuple(self.pixel_mean), tuple(self.pixel_std))
+
     def __call__(
-        self, video: Float[Array, "B F H W 3"], mask: Bool[Array, "B T"], *, key: PRNGKeyArray | None = None
+        self, video: Shaped[Array, "B F H W 3"], mask: Bool[Array, "B T"], *, key: PRNGKeyArray | None = None
     ) -> tuple[Any, Float[Array, "B T C"]]:
         """Return the localizer's outputs and the features behind them; `key` None is evaluation."""
         backbone_key, localizer_key = (None, None) if key is None else jax.random.split(key)
@@ -73,7 +76,7 @@ class Detector(nnx.Module):
         return self.localizer(features, mask, key=localizer_key), features
 
     def loss(
-        self, video: Float[Array, "B F H W 3"], batch: Batch, state: Any, *, key: PRNGKeyArray
+        self, video: Shaped[Array, "B F H W 3"], batch: Batch, state: Any, *, key: PRNGKeyArray
     ) -> tuple[dict[str, Float[Array, ""]], Any]:
         """Return the named losses, among them "total", and the localizer's next state."""
         outputs, features = self(video, batch.mask, key=key)
@@ -87,7 +90,7 @@ class Detector(nnx.Module):
         return losses, state
 
     def predict(
-        self, video: Float[Array, "B F H W 3"], mask: Bool[Array, "B T"]
+        self, video: Shaped[Array, "B F H W 3"], mask: Bool[Array, "B T"]
     ) -> tuple[Float[Array, "B P 2"], Float[Array, "B P K"], Bool[Array, "B P"]]:
         """Return proposals in snippets of the window, their class scores, and which of them are real."""
         outputs, _ = self(video, mask)

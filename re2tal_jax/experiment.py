@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray, Shaped
 
 from re2tal_jax.backbones import BACKBONES, EXECUTION
 from re2tal_jax.config import bind, build, resolve
@@ -188,7 +188,7 @@ def make_preprocess(split: SplitConfig, classes: tuple[str, ...]) -> Preprocess:
     if mirrored is not None:
         swap = LabelSwap.from_names(classes, mirrored.flip_classes, mirrored.reverse_classes)
 
-    def preprocess(batch: Batch, key: PRNGKeyArray | None) -> tuple[Float[Array, "B F H W 3"], Batch]:
+    def preprocess(batch: Batch, key: PRNGKeyArray | None) -> tuple[Shaped[Array, "B F H W 3"], Batch]:
         if split.augment is None:  # features
             return batch.video, batch
         if key is None:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Shaped
 
 from re2tal_jax.chunks import in_overlapping_chunks
+from re2tal_jax.errors import DataError
 
 
 @jax.tree_util.register_dataclass
@@ -52,14 +53,25 @@ def in_stretches(
 
     Args:
         function: of (params, a stretch of the normalised video), to an array whose axis 1 is the stretch.
-        count: divides the frames.
+        count: divides the frames that are taken.
         params: a pytree of arrays.
         video: (B, F, H, W, C).
         halo: frames, of those that are taken, that the function is given beyond its stretch at both ends.
         stride: every so manieth frame is taken.
         end: frames that are added at the end of the video. As all frames that are not in the video they are zeros
             after it is normalised.
+
+    Raises:
+        DataError: integers that nothing normalises.
+        ValueError: frames that do not divide so.
     """
+    if not isinstance(video, Frames) and not jnp.issubdtype(video.dtype, jnp.inexact):
+        raise DataError(
+            f"A video of {video.dtype} is not normalised: give a backbone re2tal_jax.frames.Frames(video, mean, std), "
+            "or the normalised video in float32."
+        )
+    if (video.shape[1] + end) % (count * stride):
+        raise ValueError(f"{video.shape[1]} + {end} frames are not {count} stretches of one length, stride {stride}.")
     given, scale = (video.stored, (video.mean, video.std)) if isinstance(video, Frames) else (video, None)
     present = jnp.ones((1, given.shape[1]), bool)
     if end:

@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from einops import rearrange
 
-from re2tal_jax.backbones.attention import MASKED, attend
+from re2tal_jax.backbones.attention import MASKED, attend, split_heads
 
 WINDOWS, HEADS, TOKENS, CHANNELS = 3, 2, 5, 4
 
@@ -97,3 +98,18 @@ def test_bfloat16_gradients_are_good_whatever_all_values_share(offset):
     for own, true in zip(gradients(attend, jnp.bfloat16), exact, strict=True):
         error = np.asarray(own, np.float32) - np.asarray(true)
         assert np.linalg.norm(error) <= 0.008 * np.linalg.norm(np.asarray(true))  # 0.005 seen, by autodiff 0.016
+
+
+@pytest.mark.parametrize(
+    ("pattern", "sizes"),
+    [("n t (h d) -> n h t d", {"h": 2}), ("n t (g h d) -> g n h t d", {"g": 3, "h": 2})],
+)
+def test_split_heads_is_a_rearrangement_and_so_is_its_derivative(pattern, sizes):
+    qkv = jax.random.normal(jax.random.key(0), (2, 5, 3 * 12))
+    got, pull = jax.vjp(lambda x: split_heads(x, pattern, **sizes), qkv)
+    expected, pull_expected = jax.vjp(
+        lambda x: tuple(rearrange(part, pattern, **sizes) for part in jnp.split(x, 3, axis=-1)), qkv
+    )
+    cotangents = tuple(jax.random.normal(jax.random.key(i), part.shape) for i, part in enumerate(expected))
+    for a, b in zip((*got, *pull(cotangents)), (*expected, *pull_expected(cotangents)), strict=True):
+        np.testing.assert_array_equal(a, b)

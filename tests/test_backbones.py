@@ -12,6 +12,7 @@ from flax import nnx
 from checkpoints_convert.rules import flatten
 from re2tal_jax.backbones import BACKBONES, NETWORKS, build_backbone, list_backbones
 from re2tal_jax.errors import ConfigError
+from re2tal_jax.frames import Frames, normalized
 from re2tal_jax.reversible import PLAIN, REWIRED, rewire
 from tests.parameters import drawn
 
@@ -76,6 +77,26 @@ def test_published_form_is_built_with_parameters_alone(variant: str):
     assert not jax.tree.leaves(rest)
     assert model.wiring == REWIRED
     assert model.out_channels > 0
+
+
+def test_stored_frames_give_what_the_normalized_video_gives(name):
+    """Features and the gradient of every parameter; of Video Swin also where frames fill no last patch."""
+    model = small(name)
+    graph, state = nnx.split(model)
+    shape = (2, 7, *VIDEO[2:]) if name == "video_swin" else VIDEO
+    stored = np.random.default_rng(1).integers(0, 256, shape).astype(np.uint8)
+    frames = Frames(jnp.asarray(stored), (123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
+
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    def gradients(state: nnx.State, video: Any) -> Any:
+        def loss(state: nnx.State) -> tuple[jax.Array, Any]:
+            features = nnx.merge(graph, state)(video)
+            return sum(jnp.mean(jnp.sin(feature)) for feature in pathways(features)), features
+
+        return jax.grad(loss, has_aux=True, allow_int=True)(state)
+
+    got, expected = gradients(state, frames), gradients(state, normalized(frames))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), got, expected)
 
 
 def test_features_have_the_announced_shape(plain, video):

@@ -5,10 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from re2tal_jax.backbones import build_backbone
+from re2tal_jax.errors import DataError
 from re2tal_jax.frames import Frames, in_stretches, normalized
 
-FAST = {"xla_backend_optimization_level": 0}  # tiny shapes, run once
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
 
@@ -72,20 +71,22 @@ def test_the_gradient_of_parameters_and_of_float_frames_is_that_of_the_whole():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, expected)
 
 
-@pytest.mark.parametrize(
-    ("name", "sizes"),
-    [
-        ("video_swin_tiny", {"embed_dim": 12, "depths": (1, 1), "num_heads": (1, 2), "window_size": (2, 4, 4)}),
-        ("slowfast_r50", {"depths": (1, 1, 1, 1), "base_channels": 16, "resample_rate": 4, "speed_ratio": 4}),
-        ("slowonly_r50", {"depths": (1, 1, 1, 1), "base_channels": 8}),
-        ("vit_small", {"embed_dim": 12, "depth": 1, "num_heads": 2, "num_frames": 4, "image_size": 32}),
-    ],
-)
-def test_backbones_take_frames_as_the_normalized_video(name, sizes):
-    backbone = jax.jit(lambda: build_backbone(name, workspace=2**8, **sizes), compiler_options=FAST)()
-    stored = np.random.default_rng(1).integers(0, 256, (1, 8, 36, 32, 3)).astype(np.uint8)
-    frames = Frames(jnp.asarray(stored), MEAN, STD)
-    run = jax.jit(lambda video: backbone(video), compiler_options=FAST)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), run(frames), run(normalized(frames))
-    )
+@pytest.mark.parametrize("end", [0, 1])
+def test_uint8_frames_have_the_same_gradient_of_parameters(end):
+    def gradient(dtype):
+        frames = Frames(jnp.asarray(video(frames=12 - end, dtype=dtype)), MEAN, STD)
+        run = lambda weight: jnp.sum(jnp.sin(in_stretches(moving_sum, 4, weight, frames, halo=1, end=end)))  # noqa: E731
+        return jax.jit(jax.grad(run))(jnp.float32(0.7))
+
+    np.testing.assert_allclose(gradient(np.uint8), gradient(np.float32), rtol=1e-5)
+
+
+def test_integers_that_nothing_normalizes_are_refused():
+    with pytest.raises(DataError, match=r"video of uint8 is not normalised: .*Frames\(video, mean, std\)"):
+        in_stretches(times, 1, jnp.float32(1), jnp.asarray(video()))
+
+
+@pytest.mark.parametrize(("count", "stride", "end"), [(5, 1, 0), (3, 3, 0), (6, 1, 1)])
+def test_stretches_that_do_not_divide_are_refused(count, stride, end):
+    with pytest.raises(ValueError, match=rf"12 \+ {end} frames are not {count} stretches"):
+        in_stretches(times, count, 1.0, Frames(jnp.asarray(video()), MEAN, STD), stride=stride, end=end)

@@ -417,3 +417,27 @@ def test_rewiring_what_has_no_chain_is_refused():
 def test_beta_zero_has_no_inverse():
     with pytest.raises(ValueError, match=r"beta = 0\.0 has no inverse"):
         Wiring(1.0, 0.0, True)(make_chain(1, dtype=jnp.float32), jnp.ones((1, WIDTH)))
+
+
+@pytest.mark.parametrize("stored", [0, 4])
+def test_gradients_take_the_places_of_parameters_and_not_of_integers(stored):
+    def branch(factor, weight, bias, x, *, key, aux):
+        return jnp.tanh(x @ weight) * factor.astype(x.dtype) + bias.astype(x.dtype)
+
+    with jax.enable_x64(True):
+        weights = jax.random.normal(jax.random.key(0), (6, WIDTH, WIDTH), jnp.float64)
+        biases = jax.random.normal(jax.random.key(1), (6, WIDTH), jnp.float64).astype(jnp.bfloat16)
+        x, _ = inputs()
+
+        def gradients(wiring):
+            def loss(weights, biases):
+                parts = zip(weights, biases, strict=True)
+                chain = [jax.tree_util.Partial(branch, jnp.int32(1 + i % 3), *part) for i, part in enumerate(parts)]
+                return jnp.sum(jnp.sin(wiring(chain, x, stored=stored)))
+
+            return jax.jit(jax.grad(loss, (0, 1)))(weights, biases)
+
+        got, expected = (gradients(wiring) for wiring in (REWIRED, REWIRED.twin))
+    np.testing.assert_allclose(got[0], expected[0], rtol=1e-10, atol=1e-12)
+    assert got[1].dtype == jnp.bfloat16
+    np.testing.assert_allclose(got[1].astype(float), expected[1].astype(float), rtol=0.02, atol=0.02)

@@ -52,6 +52,7 @@ def split_heads(
         sizes: names in the pattern with their sizes.
 
     Autodiff would add three cotangents of the size of all, and have the sum in as many layouts as products read it.
+    There is a derivative in reverse alone.
     """
     return _split(qkv, pattern, tuple(sizes.items()))
 

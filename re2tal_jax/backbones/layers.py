@@ -1,4 +1,4 @@
-"""Parts that backbones share: layer norm in float32, patches, the MLP branch, drop path, padding.
+"""Parts that backbones share: layer norm in float32, linear maps, patches, the MLP branch, drop path, padding.
 
 A *branch* is a callable pytree `branch(x, *, key, aux)` that returns an array of x's shape (see `reversible.py`).
 """
@@ -61,7 +61,7 @@ class LayerNorm(nnx.Module):
 def _product(x: Float[Array, "*B C"], kernel: Float[Array, "C D"], precision: Any) -> Float[Array, "*B D"]:
     """Return x @ kernel; in its derivative the product over tokens has the narrower of its factors first.
 
-    It is the first one that XLA transposes on a CPU.
+    It is the first one that XLA transposes on a CPU. There is a derivative in reverse alone.
     """
     return jnp.matmul(x, kernel, precision=precision)
 
@@ -86,7 +86,9 @@ def _dot_general(
     x: Array, kernel: Array, dimensions: Any, precision: Any = None, out_sharding: Any = None
 ) -> Float[Array, "*B D"]:
     """Return `_product` as flax calls it: always with the last axis of x and the first of the kernel."""
-    del dimensions, out_sharding
+    del dimensions
+    if out_sharding is not None:
+        raise NotImplementedError(f"out_sharding = {out_sharding}: a linear map here takes none.")
     return _product(x, kernel, precision)
 
 

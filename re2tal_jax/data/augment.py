@@ -42,7 +42,8 @@ class AugmentConfig:
     hue: turn of the colour circle, uniform in +- hue; published 0.1 of 255 in a circle of 180, that is 0.14 here.
     center: where there is no random crop, cut out the largest centred part of the result's proportions; without it
         the whole picture is squeezed to (height, width).
-    dtype: of the result, whose values are 0..255; uint8 rounds them once, published pipelines after every change.
+    dtype: of the result, whose values are 0..255. A step keeps it; uint8 takes least memory, and rounds once, where
+        published pipelines round after every change.
     block_frames: frames worked on at a time.
     """
 
@@ -58,7 +59,7 @@ class AugmentConfig:
     saturation: float = 0.0
     hue: float = 0.0
     center: bool = False
-    dtype: Literal["float32", "uint8"] = "float32"
+    dtype: Literal["float32", "bfloat16", "uint8"] = "float32"
     block_frames: int = 16
 
     def __post_init__(self) -> None:
@@ -223,7 +224,7 @@ def _straight_sampler(draw: _Draw, frames: UInt8[Array, "F H W 3"], config: Augm
     columns = jnp.where(draw.flip, -columns, columns)
     rows, columns = draw.top + (rows + 0.5) * draw.height, draw.left + (columns + 0.5) * draw.width
     down, across = _bilinear(rows, frames.shape[1]), _bilinear(columns, frames.shape[2])
-    # the frames are exact in bfloat16, the weights are not
+    # at default precision accelerators round the weights to bfloat16
     half = jnp.einsum("hy,fyxc->fhxc", down, frames.astype(jnp.float32), precision="highest")
     return jnp.einsum("wx,fhxc->fhwc", across, half, precision="highest")
 

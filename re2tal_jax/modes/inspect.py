@@ -120,7 +120,7 @@ def shape_table(settings: Settings, blueprint: Blueprint) -> str:
 
     def forward(params: Any, video: Any, mask: Any) -> list[Any]:
         detector = blueprint.model.merge(params)
-        _, named = detector.backbone.intermediates(video)
+        _, named = detector.backbone.intermediates(detector.given(video))
         outputs, features = detector(video, mask)
         proposals, scores, _ = detector.localizer.decode(outputs)
         arrays = {"video": video, **named, "snippet features": features, "proposals": proposals, "scores": scores}

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 
 from re2tal_jax.training.optim import Params, ema_update
 from re2tal_jax.training.sharding import batch_sharding, replicated
@@ -18,7 +18,7 @@ Tree = TypeVar("Tree")
 
 # The batch as the loader gives it -> the video as the model takes it, and the batch with targets that follow what was
 # done to the video (a clip played backwards, say). The key is None in evaluation.
-Preprocess = Callable[[Batch, PRNGKeyArray | None], tuple[Float[Array, "B F H W 3"], Batch]]
+Preprocess = Callable[[Batch, PRNGKeyArray | None], tuple[Shaped[Array, "B F H W 3"], Batch]]
 TrainStep = Callable[[TrainState, Batch, PRNGKeyArray], tuple[TrainState, Scalars]]
 EvalStep = Callable[[Params, Batch], tuple[Array, Array, Array]]
 
