@@ -88,7 +88,7 @@ def _dot_general(
     """Return `_product` as flax calls it: always with the last axis of x and the first of the kernel."""
     del dimensions
     if out_sharding is not None:
-        raise NotImplementedError(f"out_sharding = {out_sharding}: a linear map here takes none.")
+        raise ValueError(f"out_sharding = {out_sharding}: a linear map here takes none.")
     return _product(x, kernel, precision)
 
 
