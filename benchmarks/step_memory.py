@@ -30,7 +30,8 @@ from re2tal_jax.errors import ConfigError
 from re2tal_jax.experiment import Blueprint, draw_blueprint, make_detector
 from re2tal_jax.modes.fit import quantity
 from re2tal_jax.modes.inspect import step_plan
-from re2tal_jax.reversible import PLAIN, REWIRED, Wiring, make_runs, plain_step, rewire, scan_run
+from re2tal_jax.reversible import PLAIN, REWIRED, Wiring, make_runs, plain_step, rewire
+from re2tal_jax.runs import scan_run
 from re2tal_jax.settings import Settings, read_settings
 from re2tal_jax.training.metrics import MIB
 from re2tal_jax.training.sharding import make_mesh

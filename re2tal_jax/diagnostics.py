@@ -8,7 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from re2tal_jax.reversible import Branch, State, Wiring, make_runs, rewire, scan_run, step, step_back
+from re2tal_jax.branch import Branch, State
+from re2tal_jax.reversible import Wiring, make_runs, rewire, step, step_back
+from re2tal_jax.runs import scan_run
 
 
 class ChainDiagnostics(NamedTuple):

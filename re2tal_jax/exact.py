@@ -8,7 +8,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 GRID = 2.0**14  # steps per unit
@@ -33,6 +35,12 @@ def widen(x: Float[Array, "..."], dtype: Any) -> Float[Array, "..."]:
     """
     own, wide = jnp.finfo(x.dtype), x.astype(dtype)
     return lax.reduce_precision(wide, own.nexp, own.nmant) if own.bits < jnp.finfo(dtype).bits else wide
+
+
+def at_least_float32(dtype: DTypeLike) -> np.dtype:
+    """Return the dtype that sums, statistics and states of a computation from `dtype`, which may be integers, have."""
+    wider = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits > 32
+    return jnp.dtype(dtype if wider else jnp.float32)
 
 
 def is_narrower(result: Any, state: Any) -> bool:

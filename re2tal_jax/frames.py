@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Shaped
 
 from re2tal_jax.chunks import in_overlapping_chunks
 from re2tal_jax.errors import DataError
+from re2tal_jax.exact import at_least_float32
 
 
 @jax.tree_util.register_dataclass
@@ -98,6 +99,6 @@ def _apply(
 
 def _normalize(scale: Any, stored: Shaped[Array, "B f H W C"]) -> Float[Array, "B f H W C"]:
     """Normalise in at least float32: in bfloat16, differences of pixels near a mean would lose their last bits."""
-    precise = jnp.float64 if stored.dtype == jnp.float64 else jnp.float32
+    precise = at_least_float32(stored.dtype)
     mean, std = (jnp.asarray(values, precise) for values in scale)
     return (stored.astype(precise) - mean) / std

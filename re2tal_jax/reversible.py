@@ -13,7 +13,7 @@ Where memory is left, the last branches of a chain may store after all, for time
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,35 +21,14 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from re2tal_jax.branch import Branch, State, increment
 from re2tal_jax.errors import ConfigError
 from re2tal_jax.exact import is_narrower, to_grid, widen
-from re2tal_jax.kept import call as kept_call
-from re2tal_jax.runs import find_runs, stack_run
-from re2tal_jax.tiling import Part, differentiable, over_tiles, prepare, prepare_back
+from re2tal_jax.runs import find_runs, scan_back, scan_run, stack_run
+from re2tal_jax.stored import stored_backward, stored_forward
+from re2tal_jax.tiling import differentiable, over_tiles, prepare, prepare_back
 
-State = Float[Array, "..."]
 M = TypeVar("M", bound=nnx.Module)
-
-
-class Branch(Protocol):
-    """A residual function: a callable pytree that holds all its arrays as leaves, so that alike branches are scanned.
-
-    It returns an array of its input's shape; a result of lower precision than the state tells that it computes in that
-    precision. `key` is this branch's own (None: evaluation), `aux` is shared by the chain. Called again with the same
-    arguments it gives the same value.
-
-    A reversible chain runs a branch that has a method `tiles(shape) -> Tiles` tile by tile, in place: it is called with
-    a tile's part of the state, and the tile's number as a further keyword `tile`. What follows from its parameters
-    alone is computed once for all tiles, if a method `prepare()` returns the branch with it.
-
-    A block of the pretrained network may be more than F(x) + x: in a ResNet a ReLU follows the sum, and rewiring moves
-    it into F. A branch whose block is so has a method `ordinary(x, shortcut, *, key, aux)` that returns the block's own
-    form, relu(shortcut + …), in shortcut's shape and dtype. Only PLAIN runs it.
-    """
-
-    def __call__(self, x: State, *, key: PRNGKeyArray | None, aux: Any) -> State:
-        """Return F(x)."""
-        ...
 
 
 @jax.tree_util.register_dataclass
@@ -165,8 +144,8 @@ def step(states: Any, link: Any, alpha: Array, beta: Array, aux: Any, *, tiled: 
     branch = prepare(branch)
 
     def body(previous, part, _):
-        increment = _increment(branch, part.given(current), alpha, aux, part=part, key=key)
-        return part.write(previous, increment + beta * part.read(previous)), None
+        added = increment(branch, part.given(current), alpha, aux, part=part, key=key)
+        return part.write(previous, added + beta * part.read(previous)), None
 
     return over_tiles(branch if tiled else None, current.shape, body, previous)[0], current
 
@@ -188,12 +167,12 @@ def step_back(states: Any, dstates: Any, link: Any, alpha: Array, beta: Array, a
 
     def body(carry, part, _):
         following, dcurrent, gradients = carry
-        dincrement = part.read(dfollowing)
-        forward = functools.partial(_increment, part=part, key=key)
-        increment, pull = jax.vjp(forward, branch, part.given(current), alpha, aux)
-        previous = (part.read(following) - increment) / beta
-        dbranch, dx, dalpha, daux = pull(dincrement)
-        more = differentiable((dbranch, dalpha, jnp.vdot(dincrement, previous), daux))
+        dadded = part.read(dfollowing)
+        forward = functools.partial(increment, part=part, key=key)
+        added, pull = jax.vjp(forward, branch, part.given(current), alpha, aux)
+        previous = (part.read(following) - added) / beta
+        dbranch, dx, dalpha, daux = pull(dadded)
+        more = differentiable((dbranch, dalpha, jnp.vdot(dadded, previous), daux))
         carry = part.write(following, previous), part.add(dcurrent, dx), jax.tree.map(jnp.add, gradients, more)
         return carry, None
 
@@ -201,45 +180,6 @@ def step_back(states: Any, dstates: Any, link: Any, alpha: Array, beta: Array, a
     carry, _ = over_tiles(branch, current.shape, body, (following, dcurrent, zeros))
     previous, dcurrent, (dbranch, *more) = carry
     return (current, previous), (dcurrent, beta * dfollowing), (unprepare(dbranch), *more)
-
-
-def kept_step(states: Any, link: Any, alpha: Array, beta: Array, aux: Any) -> Any:
-    """Return what `step` does, and what each tile kept."""
-    current, previous = states
-    branch, key = link
-    branch = prepare(branch)
-
-    def body(previous, part, _):
-        forward = functools.partial(_increment, part=part, key=key)
-        increment, kept = kept_call(forward, branch, part.given(current), alpha, aux)
-        return part.write(previous, increment + beta * part.read(previous)), kept
-
-    following, kept = over_tiles(branch, current.shape, body, previous)
-    return (following, current), kept
-
-
-def kept_step_back(current: State, kept: Any, dstates: Any, link: Any, alpha: Array, beta: Array, aux: Any) -> Any:
-    """s_i, what was kept, cotangents of (s_{i+1}, s_i) -> those of (s_i, s_{i-1}), and of (branch, alpha, aux)."""
-    dfollowing, dcurrent = dstates
-    branch, unprepare = prepare_back(link[0])
-
-    def body(carry, part, kept):
-        dcurrent, gradients = carry
-        dincrement = part.read(dfollowing)
-        dbranch, dx, dalpha, daux = kept.pull(branch, part.given(current), alpha, aux)(dincrement)
-        more = differentiable((dbranch, dalpha, daux))
-        return (part.add(dcurrent, dx), jax.tree.map(jnp.add, gradients, more)), None
-
-    zeros = jax.tree.map(jnp.zeros_like, differentiable((branch, alpha, aux)))
-    (dcurrent, (dbranch, *more)), _ = over_tiles(branch, current.shape, body, (dcurrent, zeros), kept)
-    return (dcurrent, beta * dfollowing), (unprepare(dbranch), *more)
-
-
-def _increment(branch: Branch, x: State, alpha: Array, aux: Any, *, part: Part, key: Any) -> State:
-    """F(x) + alpha * x, put on the grid if F computes in less than the state's precision."""
-    result = branch(x, key=key, aux=aux, **part.named)
-    increment = widen(result, x.dtype) + alpha * part.middle(x)
-    return to_grid(increment) if is_narrower(result, x) else increment
 
 
 def _is_narrow(link: Any, x: State, aux: Any) -> bool:
@@ -252,7 +192,7 @@ def _is_narrow(link: Any, x: State, aux: Any) -> bool:
     return is_narrower(jax.eval_shape(result, link, x, aux), x)
 
 
-# ---- The chain and its derivative. A run is a tuple of links, with leaves stacked if the pattern repeats.
+# ---- The chain and its derivative.
 
 
 Runs = tuple[tuple[int, ...], Any]
@@ -333,103 +273,5 @@ def _chain_backward(repeats: tuple[int, ...], residuals: Any, dstates: Any) -> A
 
 _reversible_chain = jax.custom_vjp(_chain, nondiff_argnums=(0,))
 _reversible_chain.defvjp(_chain_forward, _chain_backward)
-
-
-# The same for links that are not undone: their states are stored, and what they kept.
-
-
-def _stored_forward(repeats: tuple[int, ...], runs: Any, states: Any, alpha: Array, beta: Array, aux: Any) -> Any:
-    def body(states, run):
-        steps = []
-        for link in run:
-            current = states[0]
-            states, kept = kept_step(states, link, alpha, beta, aux)
-            steps.append((current, kept))
-        return states, tuple(steps)
-
-    begin, stored = states, []
-    for count, run in zip(repeats, runs, strict=True):
-        states, steps = scan_run(count, body, states, run)
-        stored.append(steps)
-    return states, (runs, stored, begin[1], states[1], alpha, beta, aux)
-
-
-def _stored_backward(repeats: tuple[int, ...], residuals: Any, dstates: Any) -> Any:
-    """Return the cotangents.
-
-    That of beta is the sum of <ds_{i+1}, s_{i-1}> over the links i. A link has its s_i at hand, which is the one before
-    for the link i + 1, of whose ds_{i+2} the cotangent that comes with s_i is made: beta times it. For the last link it
-    is made of something else, which is taken off at the start, and the state before the first link is added at the end.
-    """
-    runs, stored, before_first, before_last, alpha, beta, aux = residuals
-
-    def body(carry, run, steps):
-        dstates, (dalpha, dbeta, daux) = carry
-        dlinks = []
-        for link, (current, kept) in reversed(list(zip(run, steps, strict=True))):
-            dbeta = dbeta + jnp.vdot(dstates[1], current) / beta
-            dstates, (dbranch, *more) = kept_step_back(current, kept, dstates, link, alpha, beta, aux)
-            dalpha, daux = jax.tree.map(jnp.add, (dalpha, daux), tuple(more))
-            dlinks.append((dbranch, None))
-        return (dstates, (dalpha, dbeta, daux)), tuple(reversed(dlinks))
-
-    dalpha, daux = jax.tree.map(jnp.zeros_like, differentiable((alpha, aux)))
-    carry = dstates, (dalpha, -jnp.vdot(dstates[1], before_last) / beta, daux)
-    druns = []
-    for count, run, steps in reversed(list(zip(repeats, runs, stored, strict=True))):
-        carry, dlinks = scan_back(count, body, carry, run, steps)
-        druns.append(dlinks)
-    dstates, (dalpha, dbeta, daux) = carry
-    dbeta = dbeta + jnp.vdot(dstates[1], before_first) / beta
-    return tuple(reversed(druns)), dstates, dalpha, dbeta, daux
-
-
 _stored_chain = jax.custom_vjp(_chain, nondiff_argnums=(0,))
-_stored_chain.defvjp(_stored_forward, _stored_backward)
-
-
-def scan_run(count: int, body: Any, carry: Any, run: Any, reverse: bool = False) -> tuple[Any, Any]:
-    """Apply body(carry, links) to every copy of a run's pattern."""
-    if count == 1:
-        return body(carry, run)
-    return lax.scan(body, carry, run, reverse=reverse, unroll=_unroll(run))
-
-
-def scan_back(count: int, body: Any, carry: Any, run: Any, given: Any = None) -> tuple[Any, Any]:
-    """Apply body(carry, links, given) -> (carry, cotangents) to every copy of a run's pattern, the last one first.
-
-    What is stacked of a copy is not needed after its turn: its cotangents are written in its place. So a run takes its
-    parameters' memory once, not twice.
-    """
-    if count == 1:
-        return body(carry, run, given)
-    leaves, structure = jax.tree.flatten(run)
-    moving = [place for place, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-
-    def one_copy(both: Any, item: Any) -> tuple[Any, None]:
-        (carry, stacked), (number, given) = both, item
-        taken = [lax.dynamic_index_in_dim(leaf, number, keepdims=False) for leaf in _replace(leaves, moving, stacked)]
-        carry, dlinks = body(carry, jax.tree.unflatten(structure, taken), given)
-        dleaves = jax.tree.leaves(dlinks)
-        put = lax.dynamic_update_index_in_dim
-        return (carry, [put(leaf, dleaf, number, 0) for leaf, dleaf in zip(stacked, dleaves, strict=True)]), None
-
-    begin = carry, [leaves[place] for place in moving]
-    numbers = jnp.arange(count, dtype=jnp.int32)
-    (carry, dleaves), _ = lax.scan(one_copy, begin, (numbers, given), reverse=True, unroll=_unroll(run))
-    return carry, jax.tree.unflatten(structure, _replace([None] * len(leaves), moving, dleaves))
-
-
-def _replace(leaves: list[Any], places: list[int], values: list[Any]) -> list[Any]:
-    """Return the leaves with values in some places."""
-    by_place = dict(zip(places, values, strict=True))
-    return [by_place.get(place, leaf) for place, leaf in enumerate(leaves)]
-
-
-def _unroll(run: Any) -> int:
-    """Return how many copies of a pattern a loop's body holds.
-
-    Each link writes over one of two states and swaps their places. A loop whose body is an even number of links gets
-    them back as it had them; otherwise a compiler copies both whole, every time.
-    """
-    return 1 + len(run) % 2
+_stored_chain.defvjp(stored_forward, stored_backward)

@@ -1,10 +1,14 @@
-"""Repeating patterns in a chain of branches, so that `lax.scan` compiles a pattern once however often it repeats."""
+"""Repeating patterns in a chain of branches, so that `lax.scan` compiles a pattern once however often it repeats.
+
+A *link* is a branch with its key. A run is a tuple of links, their leaves stacked if the pattern repeats.
+"""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 
 class Run(NamedTuple):
@@ -46,6 +50,38 @@ def stack_run(items: Sequence[Any], run: Run) -> tuple[Any, ...]:
     return copies[0] if run.repeats == 1 else jax.tree.map(lambda *leaves: jnp.stack(leaves), *copies)
 
 
+def scan_run(count: int, body: Any, carry: Any, run: Any, reverse: bool = False) -> tuple[Any, Any]:
+    """Apply body(carry, links) to every copy of a run's pattern."""
+    if count == 1:
+        return body(carry, run)
+    return lax.scan(body, carry, run, reverse=reverse, unroll=_unroll(run))
+
+
+def scan_back(count: int, body: Any, carry: Any, run: Any, given: Any = None) -> tuple[Any, Any]:
+    """Apply body(carry, links, given) -> (carry, cotangents) to every copy of a run's pattern, the last one first.
+
+    What is stacked of a copy is not needed after its turn: its cotangents are written in its place. So a run takes its
+    parameters' memory once, not twice.
+    """
+    if count == 1:
+        return body(carry, run, given)
+    leaves, structure = jax.tree.flatten(run)
+    moving = [place for place, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+
+    def one_copy(both: Any, item: Any) -> tuple[Any, None]:
+        (carry, stacked), (number, given) = both, item
+        taken = [lax.dynamic_index_in_dim(leaf, number, keepdims=False) for leaf in _replace(leaves, moving, stacked)]
+        carry, dlinks = body(carry, jax.tree.unflatten(structure, taken), given)
+        dleaves = jax.tree.leaves(dlinks)
+        put = lax.dynamic_update_index_in_dim
+        return (carry, [put(leaf, dleaf, number, 0) for leaf, dleaf in zip(stacked, dleaves, strict=True)]), None
+
+    begin = carry, [leaves[place] for place in moving]
+    numbers = jnp.arange(count, dtype=jnp.int32)
+    (carry, dleaves), _ = lax.scan(one_copy, begin, (numbers, given), reverse=True, unroll=_unroll(run))
+    return carry, jax.tree.unflatten(structure, _replace([None] * len(leaves), moving, dleaves))
+
+
 def _kind(branch: Any) -> Any:
     leaves, structure = jax.tree.flatten(branch)
     return structure, [(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves]
@@ -56,3 +92,18 @@ def _count_repeats(kinds: list[Any], period: int) -> int:
     while len(kinds) >= (repeats + 1) * period and all(kinds[i] == kinds[repeats * period + i] for i in range(period)):
         repeats += 1
     return repeats
+
+
+def _replace(leaves: list[Any], places: list[int], values: list[Any]) -> list[Any]:
+    """Return the leaves with values in some places."""
+    by_place = dict(zip(places, values, strict=True))
+    return [by_place.get(place, leaf) for place, leaf in enumerate(leaves)]
+
+
+def _unroll(run: Any) -> int:
+    """Return how many copies of a pattern a loop's body holds.
+
+    Each link writes over one of two states and swaps their places. A loop whose body is an even number of links gets
+    them back as it had them; otherwise a compiler copies both whole, every time.
+    """
+    return 1 + len(run) % 2

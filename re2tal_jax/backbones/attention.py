@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float, Shaped
 
-from re2tal_jax.backbones.layers import at_least_float32
+from re2tal_jax.exact import at_least_float32
 from re2tal_jax.kept import keep
 
 MASKED = -100.0  # the reference's logit offset between regions that a shift has made neighbours; not -inf

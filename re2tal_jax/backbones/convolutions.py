@@ -12,9 +12,8 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from re2tal_jax.backbones.layers import at_least_float32
 from re2tal_jax.backbones.windows import Size
-from re2tal_jax.exact import widen
+from re2tal_jax.exact import at_least_float32, widen
 from re2tal_jax.kept import keep
 
 EPSILON = 1e-5  # PyTorch's, and that of every published checkpoint

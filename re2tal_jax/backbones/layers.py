@@ -10,13 +10,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from einops import rearrange
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from re2tal_jax.errors import ConfigError
+from re2tal_jax.exact import at_least_float32
 from re2tal_jax.kept import keep
 
 
@@ -28,11 +28,6 @@ def check_dtype(dtype: DTypeLike) -> None:
         floating = False
     if not floating:
         raise ConfigError(f"dtype = {dtype!r}: allowed are float32, bfloat16, float16 and (with x64 enabled) float64.")
-
-
-def at_least_float32(dtype: DTypeLike) -> np.dtype:
-    """Return the dtype that sums, statistics and states of a computation in `dtype` have."""
-    return jnp.dtype(dtype) if jnp.finfo(dtype).bits > 32 else jnp.dtype(jnp.float32)
 
 
 class LayerNorm(nnx.Module):

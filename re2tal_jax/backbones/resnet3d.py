@@ -19,10 +19,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from re2tal_jax.backbones.convolutions import UNIT, ConvNorm, max_pool
-from re2tal_jax.backbones.layers import at_least_float32, check_dtype
+from re2tal_jax.backbones.layers import check_dtype
 from re2tal_jax.backbones.tiles import FrameTiles, plan_frames
 from re2tal_jax.chunks import count_chunks, in_chunks, in_overlapping_chunks
 from re2tal_jax.errors import ConfigError, DataError
+from re2tal_jax.exact import at_least_float32
 from re2tal_jax.frames import Video, in_stretches
 from re2tal_jax.kept import last_blocks
 from re2tal_jax.reversible import PLAIN, REWIRED, Wiring

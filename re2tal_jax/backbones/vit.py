@@ -18,11 +18,12 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from re2tal_jax.backbones.layers import DropPath, LayerNorm, PatchProjection, at_least_float32, check_dtype
+from re2tal_jax.backbones.layers import DropPath, LayerNorm, PatchProjection, check_dtype
 from re2tal_jax.backbones.positions import resize_positions, sinusoidal_positions
 from re2tal_jax.backbones.vit_block import AttentionBranch, Block, MlpBranch
 from re2tal_jax.chunks import count_chunks
 from re2tal_jax.errors import ConfigError, DataError, did_you_mean
+from re2tal_jax.exact import at_least_float32
 from re2tal_jax.frames import Video, in_stretches
 from re2tal_jax.kept import last_blocks
 from re2tal_jax.reversible import PLAIN, REWIRED, Wiring

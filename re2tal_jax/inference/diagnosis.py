@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from re2tal_jax.evaluation import Grouped, Matching, overlapping_pairs
+from re2tal_jax.matching import Grouped, Matching, overlapping_pairs
 
 KINDS = ("true positive", "double detection", "wrong label", "localisation", "confusion", "background")
 """Number k of `error_kinds` is this kind."""

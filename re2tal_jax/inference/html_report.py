@@ -22,9 +22,10 @@ from typing import IO, Any
 import numpy as np
 
 from re2tal_jax.activitynet_format import Instances, columns, load
-from re2tal_jax.evaluation import DetectionMap, Matching, keep_distinct, match_detections
+from re2tal_jax.evaluation import DetectionMap, keep_distinct, match_detections
 from re2tal_jax.inference.diagnosis import KINDS, MISSED, ErrorBreakdown, break_down
 from re2tal_jax.inference.report_media import Media, choose_media
+from re2tal_jax.matching import Matching
 
 SCRIPTS = tuple(
     f"{name}.js"

@@ -12,8 +12,9 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from re2tal_jax.evaluation import DetectionMap, Matching
+from re2tal_jax.evaluation import DetectionMap
 from re2tal_jax.inference.diagnosis import KINDS, MISSED, ErrorBreakdown
+from re2tal_jax.matching import Matching
 
 MAX_VIDEOS, MAX_CLASSES, MAX_SHOWN, MAX_LETTERS = 8, 20, 30, 28
 
