@@ -15,24 +15,20 @@ training does (`training/host_memory.py`). Ctrl-C ends the rounds: what was meas
 import argparse
 import io
 import itertools
-import json
 import os
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from benchmarks.conductor import Contestant, Measured, WorkerError, started, take_turns
 from benchmarks.opentad_worker import BACKBONE
 from benchmarks.rows import Row, append_rows
 from checkpoints_convert.convert import export
@@ -41,149 +37,18 @@ from checkpoints_convert.verify import compare
 from re2tal_jax.backbones import list_backbones
 from re2tal_jax.errors import ConfigError, Re2TalError, did_you_mean
 
-ROOT = Path(__file__).resolve().parents[1]
 FAMILY = "video_swin"
 MIB = 2**20
 TOLERANCE = 1e-3
 """Of float32 features and gradients, relative to the largest value of each array; what is seen is near 1e-5."""
 CHECK_FRAMES = 64
 """Outputs are compared on so many frames at most: in float32 a plain network needs twice the memory of its steps."""
-PAUSE = 0.25
-"""Seconds between two turns: idle threads of the one before may spin for some time."""
 PROVIDERS = {"mmaction": "mmaction2", "mmcv": "mmcv-lite", "cv2": "opencv-python-headless"}
 """Packages whose modules are called otherwise."""
 
 
 class BenchmarkError(Re2TalError):
     """Contestants that compute different things, or none left to time."""
-
-
-class WorkerError(Re2TalError):
-    """A contestant's process that failed or died; `module` is what it could not import, if that was it."""
-
-    def __init__(self, text: str, module: str = ""):
-        super().__init__(text)
-        self.module = module
-
-
-@dataclass(frozen=True)
-class Contestant:
-    """One backbone.
-
-    Args:
-        title: what it is called, unique.
-        ours: whose it is.
-        rewired: whether it computes the rewired network or the ordinary one.
-        command: its worker.
-        build: arguments of the worker's command `build`.
-        environment: of the worker, beside this process's own.
-    """
-
-    title: str
-    ours: bool
-    rewired: bool
-    command: tuple[str, ...]
-    build: Mapping[str, Any] = field(default_factory=dict)
-    environment: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass
-class Measured:
-    """What was seen of a contestant: seconds of each step; memory in bytes, before its first step and at most."""
-
-    seconds: list[float]
-    start: int
-    peak: int = 0
-    device_peak: int | None = None
-
-    @property
-    def fastest(self) -> float:
-        """Seconds of its fastest step."""
-        return min(self.seconds)
-
-    @property
-    def median(self) -> float:
-        """Seconds of its median step."""
-        return statistics.median(self.seconds)
-
-    @property
-    def memory(self) -> int:
-        """Bytes that it is compared by: the GPU's if it ran there."""
-        return self.peak if self.device_peak is None else self.device_peak
-
-
-# ---- Workers
-
-
-class Worker:
-    """A contestant's process; `ask` it, one command at a time."""
-
-    def __init__(self, contestant: Contestant, log: Path):
-        self.title, self._log = contestant.title, log
-        with log.open("wb") as stderr:
-            self._process = subprocess.Popen(
-                contestant.command,
-                cwd=ROOT,
-                env={**os.environ, **contestant.environment},
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                start_new_session=True,  # Ctrl-C is for the conductor
-                text=True,
-                encoding="utf-8",
-            )
-
-    def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
-        """Return the answer to a command.
-
-        Raises:
-            WorkerError: the command failed, or the process is gone.
-        """
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        try:
-            self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
-            self._process.stdin.flush()
-            line = self._process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            raise WorkerError(f"{self.title}: {self._death()} at the command {do}.\n{self._words()}")
-        answer = json.loads(line)
-        if "error" in answer:
-            text = f"{self.title}: {do} failed with {answer['kind']}: {answer['error']}\n{self._words()}"
-            raise WorkerError(text, answer.get("module", ""))
-        return answer
-
-    def _death(self) -> str:
-        code = self._process.wait()
-        if code == -signal.SIGKILL:
-            return "the process was killed, as the system does when memory runs out,"
-        return f"the process ended with exit code {code}"
-
-    def _words(self) -> str:
-        lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()
-        return "\n".join(f"    {line}" for line in lines[-8:])
-
-    def close(self) -> None:
-        """End the process."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        try:
-            self._process.communicate(timeout=10)  # closes its stdin, at which it ends
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.communicate()
-
-
-@contextmanager
-def started(contestant: Contestant, folder: Path) -> Iterator[Worker]:
-    """Start a contestant's worker, and end it whatever happens; `folder` keeps what it says."""
-    worker = Worker(contestant, folder / f"{contestant.title}.log")
-    try:
-        yield worker
-    finally:
-        worker.close()
 
 
 # ---- The same outputs?
@@ -271,59 +136,6 @@ def _compare_pair(
             )
 
 
-# ---- Turns
-
-
-def take_turns(contestants: Sequence[Contestant], repeats: int, folder: Path) -> dict[str, Measured]:
-    """Return what was measured, by title: all processes alive, one step of each in turn, `repeats` times.
-
-    Each has one step before, which is not counted. Every round begins with another contestant. One that fails is told
-    and left out; KeyboardInterrupt ends the rounds if one is complete.
-    """
-    with ExitStack() as stack:
-        workers: dict[str, Worker] = {}
-        measured: dict[str, Measured] = {}
-
-        def attempt(title: str, *commands: tuple[str, dict[str, Any]]) -> list[dict[str, Any]] | None:
-            try:
-                return [workers[title].ask(do, **arguments) for do, arguments in commands]
-            except WorkerError as error:
-                print(f"left out   {error}")
-                del workers[title]
-                measured.pop(title, None)
-                return None
-
-        for contestant in contestants:
-            workers[contestant.title] = stack.enter_context(started(contestant, folder))
-            if answers := attempt(contestant.title, ("build", dict(contestant.build)), ("step", {})):
-                measured[contestant.title] = Measured([], answers[0]["rss"])
-                if contestant.ours and not answers[1]["from_cache"]:
-                    print(f"note       {contestant.title} was compiled in its process: its peak memory is of that")
-        try:
-            for number in range(repeats):
-                for title in _rotated(list(workers), number):
-                    time.sleep(PAUSE)
-                    if answers := attempt(title, ("step", {})):
-                        measured[title].seconds.append(answers[0]["seconds"])
-                now = ", ".join(f"{title} {m.seconds[-1]:.3f} s" for title, m in measured.items())
-                print(f"round {number + 1}/{repeats}  {now}")
-        except KeyboardInterrupt:
-            complete = min((len(m.seconds) for m in measured.values()), default=0)
-            if not complete:
-                raise
-            print(f"interrupted after {complete} complete rounds")
-        for title in list(workers):
-            if answers := attempt(title, ("memory", {})):
-                measured[title].peak = answers[0]["peak"]
-                measured[title].device_peak = answers[0].get("device_peak")
-    return measured
-
-
-def _rotated(titles: list[str], by: int) -> list[str]:
-    by %= max(len(titles), 1)
-    return titles[by:] + titles[:by]
-
-
 # ---- What is told
 
 
@@ -341,13 +153,18 @@ def table(measured: Mapping[str, Measured]) -> str:
 
 
 def ratios(contestants: Sequence[Contestant], measured: Mapping[str, Measured]) -> Iterator[tuple[str, float]]:
-    """Yield (name, value): each of our rewired ones against all that are not, in steps, then in memory."""
+    """Yield (name, value): each of our rewired ones against all that are not, in steps, then in memory.
+
+    The median of rounds is that of the quotients of two steps of one round, which ran within seconds of each other: on
+    a machine that others use too, it scatters least.
+    """
     present = [c for c in contestants if c.title in measured]
     for ours in (c for c in present if c.ours and c.rewired):
         for other in (c for c in present if not (c.ours and c.rewired)):
             a, b = measured[ours.title], measured[other.title]
             yield f"{ours.title} / {other.title}, fastest step", a.fastest / b.fastest
-            yield f"{ours.title} / {other.title}, median step", a.median / b.median
+            paired = [mine / theirs for mine, theirs in zip(a.seconds, b.seconds, strict=False)]
+            yield f"{ours.title} / {other.title}, median of rounds", statistics.median(paired)
             yield f"{ours.title} / {other.title}, peak memory", a.memory / b.memory
 
 

@@ -79,7 +79,7 @@ def moving_square(rng: np.random.Generator, label: str, start: int, end: int) ->
 def tiny_config(data: Path, *, data_devices: int = 1, fsdp_devices: int = 1) -> dict[str, Any]:
     """A detector of some thousand parameters on 8 frames of 16 x 16 pixels: 20 steps, evaluated at 10 and 20."""
     loader = {"height": 16, "width": 16, "crop": "squeeze", "workers": 0, "threads": 2, "cache_mib": 8}
-    augment = {"height": 16, "width": 16, "dtype": "float32"}
+    augment = {"height": 16, "width": 16, "dtype": "uint8"}
     split = {"batch_size": 8, "policy": {"name": "resize"}, "loader": {**loader, "on_error": "error"}}
     swap = {"left": "right", "right": "left"}
     return {

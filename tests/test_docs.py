@@ -215,9 +215,33 @@ def test_a_later_row_replaces_an_earlier_one_of_the_same_setting(tmp_path):
     path.write_text(header + "d,m,v,demo,seed 0,81.2,%\nd,m,v,demo,seed 1,83,%\nd,m,v,demo,seed 0,1500,%\n")
     rows = tables.read_rows(path)
     assert [(row["setting"], tables.figure(row)) for row in rows] == [("seed 0", "1,500 %"), ("seed 1", "83 %")]
+    runs = [f"d,m,{version},demo,seed 0,{value},%\n" for version, value in ("a9", "b2", "b3", "b1")]
+    path.write_text(header + "".join(runs))
+    assert [tables.spread(row) for row in tables.read_rows(path)] == ["1 % (1…3)"]
     path.write_text(header + "d,m,v,demo,seed 0\n")
     with pytest.raises(ValueError, match="columns"):
         tables.read_rows(path)
+
+
+def test_measures_of_one_contestant_are_columns():
+    def row(setting: str, value: str) -> tables.Row:
+        place = {"date": "d", "machine": "m", "versions": "v", "benchmark": "against PyTorch"}
+        return {**place, "setting": setting, "value": value, "unit": "s", "runs": f"9 {value} 1200"}
+
+    told = ("OpenTAD plain", "ours (workspace 1, stored_blocks 2)")
+    rows = [row(f"here, 2 threads: {who}, {measure}", f"{i}") for i, who in enumerate(told) for measure in "ab"]
+    rows += [row(f"here, 2 threads: {told[1]} / {told[0]}, c", "7"), {**row("elsewhere", "8"), "benchmark": "demo"}]
+    assert tables.full_tables(rows) == "\n".join(
+        [
+            *("## against PyTorch", "", "d, m, v:", ""),
+            *("| here, 2 threads | a | b |", "|---|---:|---:|"),
+            "| OpenTAD plain | 0 s (0…1,200) | 0 s (0…1,200) |",
+            *("| ours (workspace 1, stored_blocks 2) | 1 s (1…1,200) | 1 s (1…1,200) |", ""),
+            *("| here, 2 threads | c |", "|---|---:|"),
+            *("| ours (workspace 1, stored_blocks 2) / OpenTAD plain | 7 s (7…1,200) |", ""),
+            *("## demo", "", "d, m, v:", "", "| | |", "|---|---:|", "| elsewhere | 8 s |"),
+        ]
+    )
 
 
 def test_a_table_needs_its_markers():
