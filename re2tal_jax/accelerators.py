@@ -194,6 +194,16 @@ def absent_devices(target: str) -> Sequence[jax.Device]:
         raise ConfigError(f"target {target!r} is no grid of chips that exists: {str(error).splitlines()[0]}") from error
 
 
+def compile_options(device: jax.Device) -> dict[str, bool]:
+    """Return what a program is to be compiled with for a device, beside what the compiler chooses by itself.
+
+    Triton's products have tiles that a GPU tries out. Where there is none to try them on, the compiler works long and
+    then may find no tile; cuBLAS, which a GPU that is there may choose too, takes the products instead.
+    """
+    is_gpu = device.platform in ("gpu", "cuda")
+    return {"xla_gpu_enable_triton_gemm": False} if is_gpu and device not in jax.devices() else {}
+
+
 def _is_installed(package: str) -> bool:
     try:
         return importlib.util.find_spec(package) is not None

@@ -4,10 +4,11 @@ import os
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from re2tal_jax import accelerators
-from re2tal_jax.accelerators import absent_devices, is_available, read_target
+from re2tal_jax.accelerators import absent_devices, compile_options, is_available, read_target
 from re2tal_jax.errors import ConfigError
 
 GIB = 2**30
@@ -74,6 +75,14 @@ def test_absent_devices_are_as_many_and_of_the_kind_that_was_asked_for(text, kin
     devices = absent_devices(text)
     assert len(devices) == read_target(text).count
     assert {device.device_kind for device in devices} == {kind}
+
+
+def test_only_an_absent_gpu_does_without_what_it_would_try_out():
+    assert compile_options(jax.devices()[0]) == {}
+    if not (is_available("h100") and is_available("v5e")):
+        pytest.skip("no compilers: pip install '.[aot]'")
+    assert compile_options(absent_devices("h100")[0]) == {"xla_gpu_enable_triton_gemm": False}
+    assert compile_options(absent_devices("v5e")[0]) == {}
 
 
 @pytest.mark.parametrize("first", ["", "import jax; jax.devices(); "])

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from re2tal_jax.accelerators import LOCAL, absent_devices, read_target
+from re2tal_jax.accelerators import LOCAL, absent_devices, compile_options, read_target
 from re2tal_jax.errors import ConfigError
 from re2tal_jax.experiment import Blueprint, abstract_batch, check_shapes, draw_blueprint, make_preprocess
 from re2tal_jax.modes.fit import MARGIN, largest_that_fits, quantity
@@ -209,7 +209,8 @@ def step_plan(settings: Settings, mesh: Mesh, blueprint: Blueprint) -> Plan:
     preprocess = make_preprocess(split, classes=())
     step = make_train_step(blueprint.spec, preprocess, mesh)
     batch = abstract_batch(settings, max_segments=MAX_SEGMENTS)
-    return plan(step.lower(blueprint.spec.abstract, batch, jax.eval_shape(lambda: jax.random.key(0))))
+    lowered = step.lower(blueprint.spec.abstract, batch, jax.eval_shape(lambda: jax.random.key(0)))
+    return plan(lowered, compile_options(mesh.devices.flat[0]))
 
 
 def memory_of(mesh: Mesh) -> int | None:

@@ -7,7 +7,7 @@ import re
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,8 +67,12 @@ class Plan:
     largest: tuple[Buffers, ...] = ()
 
 
-def plan(lowered: jax.stages.Lowered) -> Plan:
+def plan(lowered: jax.stages.Lowered, options: Mapping[str, Any] | None = None) -> Plan:
     """Compile a program for the devices it was lowered for, without running it, and return what is planned.
+
+    Args:
+        lowered: the program.
+        options: of the compiler, such as `accelerators.compile_options` tells for a device.
 
     Raises:
         JaxRuntimeError: the compiler fails for another reason than the size of the program.
@@ -76,7 +80,7 @@ def plan(lowered: jax.stages.Lowered) -> Plan:
     begin = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="re2tal-plan-") as folder:
         try:
-            compiled = _compile(lowered, {"xla_dump_to": folder})
+            compiled = lowered.compile({**(options or {}), "xla_dump_to": folder})
         except jax.errors.JaxRuntimeError as error:
             sizes = sizes_of_refusal(str(error))
             if sizes is None:
@@ -87,16 +91,6 @@ def plan(lowered: jax.stages.Lowered) -> Plan:
         largest = buffers_at_peak(Path(folder))
     memory = memory_estimate(compiled)
     return Plan(memory and memory.peak, seconds, memory, largest=largest)
-
-
-def _compile(lowered: jax.stages.Lowered, options: dict[str, Any]) -> jax.stages.Compiled:
-    try:
-        return lowered.compile(options)
-    except jax.errors.JaxRuntimeError as error:
-        if "tile sizes" not in str(error):
-            raise
-        # Triton finds no tile for some small product where it cannot try them out; cuBLAS then takes it, as on a GPU.
-        return lowered.compile(options | {"xla_gpu_enable_triton_gemm": False})
 
 
 def sizes_of_refusal(message: str) -> tuple[int, int] | None:
