@@ -1,13 +1,11 @@
-"""Residual functions, the links of a chain: what is asked of them, and what a chain adds to a state by them."""
+"""What is asked of a residual function, here a *branch*, and what a chain adds to a state by it."""
 
 from typing import Any, Protocol
 
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray
 
-from re2tal_jax.exact import is_narrower, to_grid, widen
+from re2tal_jax.exact import State, is_narrower, to_grid, widen
 from re2tal_jax.tiling import Part
-
-State = Float[Array, "..."]
 
 
 class Branch(Protocol):
@@ -24,6 +22,8 @@ class Branch(Protocol):
     A block of the pretrained network may be more than F(x) + x: in a ResNet a ReLU follows the sum, and rewiring moves
     it into F. A branch whose block is so has a method `ordinary(x, shortcut, *, key, aux)` that returns the block's own
     form, relu(shortcut + …), in shortcut's shape and dtype. Only PLAIN runs it.
+
+    What a branch names by `kept.keep` is stored where the end of a chain is (see `stored.py`), and only there.
     """
 
     def __call__(self, x: State, *, key: PRNGKeyArray | None, aux: Any) -> State:
@@ -32,7 +32,7 @@ class Branch(Protocol):
 
 
 def increment(branch: Branch, x: State, alpha: Array, aux: Any, *, part: Part, key: Any) -> State:
-    """F(x) + alpha * x, put on the grid if F computes in less than the state's precision."""
+    """Return F(x) + alpha * x, put on the grid if F computes in less than the state's precision."""
     result = branch(x, key=key, aux=aux, **part.named)
     added = widen(result, x.dtype) + alpha * part.middle(x)
     return to_grid(added) if is_narrower(result, x) else added

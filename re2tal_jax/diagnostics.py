@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from re2tal_jax.branch import Branch, State
+from re2tal_jax.branch import Branch
+from re2tal_jax.exact import State
 from re2tal_jax.reversible import Wiring, make_runs, rewire, step, step_back
 from re2tal_jax.runs import scan_run
 

@@ -38,7 +38,7 @@ def widen(x: Float[Array, "..."], dtype: Any) -> Float[Array, "..."]:
 
 
 def at_least_float32(dtype: DTypeLike) -> np.dtype:
-    """Return the dtype that sums, statistics and states of a computation from `dtype`, which may be integers, have."""
+    """Return float64 for float64, else float32: the dtype of sums, statistics and states, also of those of integers."""
     wider = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits > 32
     return jnp.dtype(dtype if wider else jnp.float32)
 

@@ -4,14 +4,12 @@ A branch names by `keep` the results that cost most to compute again: those of i
 (norms, activation functions) or large (the weights of attention) is computed again in any case.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
-
-from re2tal_jax.errors import ConfigError
 
 T = TypeVar("T")
 _NAME = "kept"
@@ -50,15 +48,3 @@ def call(function: Callable[..., T], *arguments: Any) -> tuple[T, Kept]:
     places = {id(leaf): place for place, leaf in enumerate(jax.tree.leaves(arguments))}
     known = tuple(places.get(id(leaf)) for leaf in leaves)
     return value, Kept([leaf for leaf, place in zip(leaves, known, strict=True) if place is None], structure, known)
-
-
-def last_blocks(stored_blocks: int, lengths: Sequence[int]) -> tuple[int, ...]:
-    """Return how many of a network's last `stored_blocks` blocks lie in each of its chains, which have `lengths`.
-
-    Raises:
-        ConfigError: fewer than none; with more than there are, all of them do.
-    """
-    if stored_blocks < 0:
-        raise ConfigError(f"stored_blocks = {stored_blocks}: allowed is 0 (every block is recomputed) or more.")
-    ends = [sum(lengths[i + 1 :]) for i in range(len(lengths))]
-    return tuple(min(max(stored_blocks - end, 0), length) for end, length in zip(ends, lengths, strict=True))

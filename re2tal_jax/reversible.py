@@ -21,10 +21,10 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from re2tal_jax.branch import Branch, State, increment
+from re2tal_jax.branch import Branch, increment
 from re2tal_jax.errors import ConfigError
-from re2tal_jax.exact import is_narrower, to_grid, widen
-from re2tal_jax.runs import find_runs, scan_back, scan_run, stack_run
+from re2tal_jax.exact import State, is_narrower, to_grid, widen
+from re2tal_jax.runs import Runs, find_runs, scan_back, scan_run, stack_run
 from re2tal_jax.stored import stored_backward, stored_forward
 from re2tal_jax.tiling import differentiable, over_tiles, prepare, prepare_back
 
@@ -195,10 +195,6 @@ def _is_narrow(link: Any, x: State, aux: Any) -> bool:
 # ---- The chain and its derivative.
 
 
-Runs = tuple[tuple[int, ...], Any]
-"""How often each run repeats, and the runs."""
-
-
 def make_runs(
     branches: Sequence[Branch], x: State, key: PRNGKeyArray | None, aux: Any, stored: int = 0
 ) -> tuple[Runs, Runs, State]:
@@ -273,5 +269,7 @@ def _chain_backward(repeats: tuple[int, ...], residuals: Any, dstates: Any) -> A
 
 _reversible_chain = jax.custom_vjp(_chain, nondiff_argnums=(0,))
 _reversible_chain.defvjp(_chain_forward, _chain_backward)
+
+# The same forward; where there is a derivative, `stored.py` keeps the states in the place of undoing the steps.
 _stored_chain = jax.custom_vjp(_chain, nondiff_argnums=(0,))
 _stored_chain.defvjp(stored_forward, stored_backward)

@@ -1,6 +1,7 @@
 """Repeating patterns in a chain of branches, so that `lax.scan` compiles a pattern once however often it repeats.
 
-A *link* is a branch with its key. A run is a tuple of links, their leaves stacked if the pattern repeats.
+A *link* is a branch with its key. A `Run` says where a pattern lies in a chain; the run itself is a tuple of its links,
+leaves stacked if it repeats.
 """
 
 from collections.abc import Sequence
@@ -9,6 +10,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+Runs = tuple[tuple[int, ...], Any]
+"""How often each run repeats, and the runs."""
 
 
 class Run(NamedTuple):

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
-State = Float[Array, "..."]
+from re2tal_jax.exact import State
 
 
 class Tiles(Protocol):

@@ -79,7 +79,7 @@ def moving_square(rng: np.random.Generator, label: str, start: int, end: int) ->
 def tiny_config(data: Path, *, data_devices: int = 1, fsdp_devices: int = 1) -> dict[str, Any]:
     """A detector of some thousand parameters on 8 frames of 16 x 16 pixels: 20 steps, evaluated at 10 and 20."""
     loader = {"height": 16, "width": 16, "crop": "squeeze", "workers": 0, "threads": 2, "cache_mib": 8}
-    augment = {"height": 16, "width": 16, "dtype": "uint8"}
+    augment = {"height": 16, "width": 16}
     split = {"batch_size": 8, "policy": {"name": "resize"}, "loader": {**loader, "on_error": "error"}}
     swap = {"left": "right", "right": "left"}
     return {
@@ -97,10 +97,10 @@ def tiny_config(data: Path, *, data_devices: int = 1, fsdp_devices: int = 1) -> 
         "train": {
             **split,
             "subset": "training",
-            "augment": {**augment, "crop": 0.3},
+            "augment": {**augment, "crop": 0.3, "dtype": "uint8"},
             "mirror": {"flip": 0.5, "reverse": 0.5, "flip_classes": swap, "reverse_classes": swap},
         },
-        "eval": {**split, "subset": "validation", "augment": augment, "mirror": None},
+        "eval": {**split, "subset": "validation", "augment": {**augment, "dtype": "float32"}, "mirror": None},
         "backbone": {
             "name": "video_swin_tiny",
             "rewired": True,

@@ -10,10 +10,10 @@ import re2tal_jax
 ROOT = Path(re2tal_jax.__file__).parent
 LAYERS = [
     (
-        *("types", "registry", "config", "command", "errors", "segments", "runs", "accelerators", "seeds"),
+        *("types", "registry", "config", "command", "errors", "segments", "accelerators", "seeds"),
         *("activitynet_format", "weights", "progress", "locks", "torch_files"),
     ),
-    ("exact", "kept", "tiling", "branch", "chunks", "frames", "stored", "reversible", "diagnostics"),
+    ("exact", "kept", "tiling", "branch", "runs", "chunks", "frames", "stored", "reversible", "diagnostics"),
     ("backbones", "targets", "losses"),
     ("localizers", "detector"),
     ("nms", "external_classifier", "postprocess", "matching", "evaluation"),

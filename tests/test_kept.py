@@ -13,8 +13,9 @@ from re2tal_jax.backbones.layers import Mlp
 from re2tal_jax.backbones.resnet3d import Bottleneck
 from re2tal_jax.backbones.swin_block import AttentionBranch, Grid, WindowAttention
 from re2tal_jax.errors import ConfigError
-from re2tal_jax.kept import call, keep, last_blocks
+from re2tal_jax.kept import call, keep
 from re2tal_jax.reversible import REWIRED, Wiring
+from re2tal_jax.stored import last_blocks
 from re2tal_jax.tiling import prepare
 from tests.parameters import drawn
 from tests.test_reversible import inputs, make_chain

@@ -1,6 +1,6 @@
 """Parts that backbones share: layer norm in float32, linear maps, patches, the MLP branch, drop path, padding.
 
-A *branch* is a callable pytree `branch(x, *, key, aux)` that returns an array of x's shape (see `reversible.py`).
+A *branch* is a callable pytree `branch(x, *, key, aux)` that returns an array of x's shape (see `branch.py`).
 """
 
 from collections.abc import Sequence

@@ -25,8 +25,8 @@ from re2tal_jax.chunks import count_chunks, in_chunks, in_overlapping_chunks
 from re2tal_jax.errors import ConfigError, DataError
 from re2tal_jax.exact import at_least_float32
 from re2tal_jax.frames import Video, in_stretches
-from re2tal_jax.kept import last_blocks
 from re2tal_jax.reversible import PLAIN, REWIRED, Wiring
+from re2tal_jax.stored import last_blocks
 
 DEPTHS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 EXPANSION = 4  # channels of a block's output for each of its inner ones

@@ -22,7 +22,6 @@ from re2tal_jax.backbones.layers import (
     LayerNorm,
     Linear,
     PatchProjection,
-    at_least_float32,
     check_dtype,
     pad_to_multiple,
 )
@@ -30,9 +29,10 @@ from re2tal_jax.backbones.swin_block import AttentionBranch, Block, Grid, MlpBra
 from re2tal_jax.backbones.windows import Size, as_size, clamp_window
 from re2tal_jax.chunks import count_chunks, in_chunks
 from re2tal_jax.errors import ConfigError, DataError
+from re2tal_jax.exact import at_least_float32
 from re2tal_jax.frames import Video, in_stretches
-from re2tal_jax.kept import last_blocks
 from re2tal_jax.reversible import PLAIN, REWIRED, Wiring
+from re2tal_jax.stored import last_blocks
 
 States = Float[Array, "B T H W C"]
 

@@ -25,8 +25,8 @@ from re2tal_jax.chunks import count_chunks
 from re2tal_jax.errors import ConfigError, DataError, did_you_mean
 from re2tal_jax.exact import at_least_float32
 from re2tal_jax.frames import Video, in_stretches
-from re2tal_jax.kept import last_blocks
 from re2tal_jax.reversible import PLAIN, REWIRED, Wiring
+from re2tal_jax.stored import last_blocks
 
 FinalNorm = Literal["none", "tokens", "pooled"]
 
