@@ -18,7 +18,6 @@ import itertools
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,7 +29,7 @@ import numpy as np
 
 from benchmarks.conductor import Contestant, Measured, WorkerError, started, take_turns
 from benchmarks.opentad_worker import BACKBONE
-from benchmarks.rows import Row, append_rows
+from benchmarks.rows import Row, append_rows, commit
 from checkpoints_convert.convert import export
 from checkpoints_convert.networks import Network
 from checkpoints_convert.verify import compare
@@ -155,8 +154,8 @@ def table(measured: Mapping[str, Measured]) -> str:
 def ratios(contestants: Sequence[Contestant], measured: Mapping[str, Measured]) -> Iterator[tuple[str, float]]:
     """Yield (name, value): each of our rewired ones against all that are not, in steps, then in memory.
 
-    The median of rounds is that of the quotients of two steps of one round, which ran within seconds of each other: on
-    a machine that others use too, it scatters least.
+    Beside the fastest steps stand quotients of two steps of one round, which ran within half a minute of each other:
+    their median and quartiles.
     """
     present = [c for c in contestants if c.title in measured]
     for ours in (c for c in present if c.ours and c.rewired):
@@ -164,7 +163,9 @@ def ratios(contestants: Sequence[Contestant], measured: Mapping[str, Measured]) 
             a, b = measured[ours.title], measured[other.title]
             yield f"{ours.title} / {other.title}, fastest step", a.fastest / b.fastest
             paired = [mine / theirs for mine, theirs in zip(a.seconds, b.seconds, strict=False)]
-            yield f"{ours.title} / {other.title}, median of rounds", statistics.median(paired)
+            quartiles = statistics.quantiles(paired, n=4, method="inclusive") if len(paired) > 1 else paired * 3
+            for name, value in zip(("lower quartile", "median", "upper quartile"), quartiles, strict=True):
+                yield f"{ours.title} / {other.title}, {name} of rounds", value
             yield f"{ours.title} / {other.title}, peak memory", a.memory / b.memory
 
 
@@ -390,12 +391,6 @@ def choose_device(wanted: str, gpus: Mapping[bool, str | None]) -> str:
     if wanted == "auto" and not both:
         print(f"No GPU for both ({told}): measured on the processor, without memory of a GPU.")
     return "gpu" if both and wanted != "cpu" else "cpu"
-
-
-def commit(checkout: Path) -> str:
-    """Return the short name of a checkout's commit, or a word that says it is not known."""
-    done = subprocess.run(["git", "-C", str(checkout), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else "of unknown version"
 
 
 def run(options: argparse.Namespace) -> tuple[list[Row], dict[str, str]]:

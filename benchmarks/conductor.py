@@ -1,7 +1,7 @@
 """The conductor's side of a benchmark in turns: contestants, each in a process of its own, step by step.
 
 One runs at a time, all stay alive, and every round begins with another, so that what the machine does beside them meets
-all alike. `benchmarks.turns` is the side of their processes.
+all alike. `benchmarks.worker` is the side of their processes.
 """
 
 import json

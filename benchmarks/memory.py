@@ -17,7 +17,7 @@ from tests.test_memory import DEEP, SHALLOW, TARGETS, temp_bytes
 
 FRAMES = 32  # so that the ordinary stage of 32 blocks fits the targets too
 DEPTHS = (SHALLOW, 8, 16, DEEP)
-COMPILED_FOR = {"cpu": "CPU", "h100": "an H100", "v5e": "a TPU v5e"}
+COMPILED_FOR = {"cpu": "CPU", "h100": "H100", "v5e": "TPU v5e"}
 
 
 def stage_memory(targets: Sequence[str]) -> Iterator[Row]:
@@ -28,7 +28,7 @@ def stage_memory(targets: Sequence[str]) -> Iterator[Row]:
         device = jax.devices("cpu")[0] if target == "cpu" else devices[target]
         for name, rewired in (("ordinary", False), ("rewired", True)):
             for depth in DEPTHS:
-                setting = f"{depth} blocks, {name}, for {COMPILED_FOR[target]}"
+                setting = f"{COMPILED_FOR[target]}: {depth} blocks, {name}"
                 try:
                     mib = temp_bytes(device, depth, rewired=rewired, frames=FRAMES) / 2**20
                 except jax.errors.JaxRuntimeError as error:

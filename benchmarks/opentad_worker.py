@@ -17,11 +17,11 @@ import importlib.util
 import platform
 import sys
 import time
-from typing import Any, Mapping  # noqa: UP035  as in benchmarks.turns
+from typing import Any, Mapping  # noqa: UP035  as in benchmarks.worker
 
 import numpy as np
 
-from benchmarks.turns import host_memory, serve
+from benchmarks.worker import host_memory, serve
 
 PACKAGES = ("torch", "mmaction2", "mmcv", "mmcv-lite")
 BACKBONE = "opentad/models/backbones/re2tal_swin.py"

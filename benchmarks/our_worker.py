@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from benchmarks.turns import host_memory, serve
+from benchmarks.worker import host_memory, serve
 from checkpoints_convert.rules import fill, flatten
 from re2tal_jax.backbones import build_backbone
 from re2tal_jax.training.compile_cache import cache_hits

@@ -3,10 +3,10 @@
 Backbone, localizer, optimizer and moving average of a config, batch 1, compiled for an accelerator that need not be
 there (packages `aot`) in four ways:
 
-    ordinary                    the pretrained network, autodiff keeps what it needs
-    checkpointed                the same, every residual function recomputed from its input (jax.checkpoint)
-    reversible, whole tensors   rewired, as published: states recomputed one whole state at a time
-    reversible, tiles           what this project runs: tile by tile, in place
+    ordinary                     the pretrained network, autodiff keeps what it needs
+    checkpointed                 the same, every residual function recomputed from its input (jax.checkpoint)
+    reversible by whole tensors  rewired, as published: states recomputed one whole state at a time
+    reversible by tiles          what this project runs: tile by tile, in place
 
 From the second to the third row is what reversibility saves, from the third to the last what tiles save. With --frames
 each is compiled for each of so many frames: memory over frames. Rows of the CSV: date, machine, versions, benchmark,
@@ -70,8 +70,8 @@ class Checkpointed(Wiring):
 WAYS: dict[str, tuple[Wiring, int | None]] = {
     "ordinary": (PLAIN, WHOLE),
     "checkpointed": (Checkpointed(alpha=1.0, beta=0.0, reversible=False), WHOLE),
-    "reversible, whole tensors": (REWIRED, WHOLE),
-    "reversible, tiles": (REWIRED, None),
+    "reversible by whole tensors": (REWIRED, WHOLE),
+    "reversible by tiles": (REWIRED, None),
 }
 """How a backbone runs: its wiring, and its workspace (None: the config's)."""
 
@@ -109,7 +109,7 @@ def by_way(path: str, target: str) -> Iterator[Row]:
     size = f"{seen.height} x {seen.width}"
     for way in WAYS:
         mib = temporaries(settings, target, way)
-        name = f"{Path(path).stem}: {settings.backbone['name']}, {frames:,} frames at {size}, {way}, for {target}"
+        name = f"{target}: {settings.backbone['name']}, {frames:,} frames at {size}, {way}"
         if mib is None:
             print(f"{name}: not told")
         else:
@@ -125,7 +125,7 @@ def by_frames(path: str, target: str, frames: list[int]) -> Iterator[Row]:
     for way in reversed(WAYS):
         for count in frames:
             mib = temporaries(varied.apply(count // varied.unit), target, way)
-            name = f"{settings.backbone['name']}, {count:,} frames, {way}, for {target}"
+            name = f"{target}: {settings.backbone['name']}, {count:,} frames, {way}"
             if mib is None:
                 print(f"{name}: not told")
             else:

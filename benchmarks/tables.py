@@ -1,18 +1,20 @@
 """The tables of docs/results.csv for people: `python -m benchmarks.tables` rewrites README.md and docs/results.md.
 
-README.md shows the rows of SHOWN, docs/results.md all of them, by benchmark. Every figure is a row of the CSV:
-benchmarks append theirs (`--out docs/results.csv`), a figure that was seen in a run is added by hand:
+docs/results.md shows every benchmark, README.md what SHOWN says. Every figure is a row of the CSV: benchmarks append
+theirs (`--out docs/results.csv`), a figure that was seen in a run is added by hand:
 
     python -m benchmarks.tables --add demo "average mAP@0.3:0.1:0.7, seed 0" 85.2 "%"
 
-Of rows that measure the same, the last one counts; beside a time in turns stands what earlier runs with the same
-versions gave. `--check` writes nothing and exits 1 if a table is out of date.
+Of rows that measure the same, the last one counts; of a benchmark in turns, whose figures belong together, the last
+run. `--check` writes nothing and exits 1 if a table is out of date.
 """
 
 import argparse
 import csv
+import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.rows import COLUMNS, append_rows
@@ -21,47 +23,52 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results.csv"
 BEGIN, END = "<!-- results: written by python -m benchmarks.tables -->", "<!-- end of results -->"
 
-CONTESTANTS = (
-    "OpenTAD plain",
-    "OpenTAD reversible",
-    "ours rewired (workspace 4194304, stored_blocks 2)",
-    "ours rewired (workspace 4194304, stored_blocks 4)",
-)
-SHOWN = {
-    "step memory": ("Memory of a training step", ("",)),
-    "step memory by way": (
-        "The same step of the ordinary network",
-        tuple(
-            f"{name}, ordinary, for h100"
-            for name in (
-                "video_swin_tiny, 768 frames at 224 x 224",
-                "slowfast_r101, 768 frames at 224 x 224",
-                "vit_base, 768 frames at 160 x 160",
-            )
-        ),
-    ),
-    "stage memory": ("Memory of the backward pass, one stage of Swin", ("for an H100",)),
-    "against PyTorch": (
-        "The same network on two CPU cores, forward and backward",
-        tuple(f": {one}, {what}" for one in CONTESTANTS for what in ("fastest step", "median step", "peak RSS")),
-    ),
-    "gradients": ("Reversible gradients", ("",)),
-    "reconstruction": ("States recomputed in the backward pass", ("",)),
-    "demo": ("`make demo`", ("",)),
-}
-"""Benchmarks that README.md shows, what it calls them, and how the settings end that it shows, all in this order."""
+MATRICES = ("stage memory", "step memory by way", "step memory by frames", "against PyTorch")
+"""Benchmarks whose settings are "WHERE: WHAT, MEASURE"; they are shown with a row for WHAT, a column for MEASURE."""
+IN_TURNS = ("against PyTorch",)
 
-MATRICES = ("against PyTorch",)
-"""Benchmarks in turns. Settings are "WHERE: WHAT, MEASURE", and are shown with a column for each measure; all runs on
-the same machine with the same versions count."""
+
+@dataclass(frozen=True)
+class Table:
+    """A table of README.md.
+
+    Args:
+        title: heads its first column.
+        benchmarks: whose rows it shows, in this order.
+        columns: measures of a matrix; none for a list.
+        only: a pattern that a setting has to contain, of a matrix the part before the measure.
+    """
+
+    title: str
+    benchmarks: tuple[str, ...]
+    columns: tuple[str, ...] = ()
+    only: str = ""
+
+
+SHOWN = (
+    Table(
+        "Temporaries of a training step",
+        ("step memory by way",),
+        ("ordinary", "checkpointed", "reversible by whole tensors", "reversible by tiles"),
+    ),
+    Table(
+        "Forward and backward on the CPU", ("against PyTorch",), ("fastest step", "median step", "peak RSS"), "^[^/]*$"
+    ),
+    Table(
+        "The same in quotients",
+        ("against PyTorch",),
+        ("lower quartile of rounds", "median of rounds", "upper quartile of rounds", "peak memory"),
+        "/ OpenTAD (plain|reversible)$",
+    ),
+    Table("Other temporaries of a training step", ("step memory",), only="1,536|Re2Swin-B|TPU"),
+    Table("Besides", ("gradients", "reconstruction", "demo")),
+)
 
 Row = dict[str, str]
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Return the rows of a CSV, of those that measure the same only the last, in the order of their first.
-
-    `runs` of a row are the values, apart by spaces, of all that were measured as the last was.
+    """Return the rows of a CSV, with their `line`; of those that measure the same only the last.
 
     Raises:
         ValueError: other columns than `benchmarks.rows` writes, or a row with too few or too many.
@@ -71,91 +78,98 @@ def read_rows(path: Path) -> list[Row]:
     if tuple(header) != COLUMNS or any(len(line) != len(COLUMNS) for line in lines):
         raise ValueError(f"{path}: expected the columns {', '.join(COLUMNS)} in every row.")
     rows: dict[tuple[str, str], Row] = {}
-    for line in lines:
-        row: Row = dict(zip(COLUMNS, line, strict=True))
-        before = rows.get((row["benchmark"], row["setting"]))
-        alike = before is not None and all(before[key] == row[key] for key in ("machine", "versions"))
-        row["runs"] = f"{before['runs']} {row['value']}" if before and alike else row["value"]
-        rows[row["benchmark"], row["setting"]] = row
+    for number, line in enumerate(lines):
+        row: Row = dict(zip(COLUMNS, line, strict=True)) | {"line": str(number)}
+        key = row["benchmark"], row["setting"]
+        rows.pop(key, None)
+        rows[key] = row
     return list(rows.values())
 
 
-def readme_table(rows: Iterable[Row]) -> str:
-    """Return the chosen rows as Markdown, grouped by benchmark."""
+def readme_tables(rows: Iterable[Row], shown: Sequence[Table] = SHOWN) -> str:
+    """Return the chosen rows as Markdown.
+
+    Raises:
+        ValueError: a table that nothing is found for.
+    """
     rows = list(rows)
-    lines = ["| measured | setting | result |", "|---|---|---:|"]
-    for benchmark, (title, endings) in SHOWN.items():
-        own = [row for row in rows if row["benchmark"] == benchmark]
-        own = [row for ending in endings for row in own if row["setting"].endswith(ending)]
-        if benchmark in MATRICES:
-            for (where, what), measures in _matrix(own).items():
-                told = ", ".join(f"{spread(row)} {measure}" for measure, row in measures.items())
-                lines.append(f"| {title + ': ' + where if title else ''} | {what} | {told} |")
-                title = ""
-        else:
-            for row in own:
-                lines.append(f"| {title} | {row['setting']} | {figure(row)} |")
-                title = ""
-    return "\n".join(lines)
+    lines = []
+    for table in shown:
+        own = [row for name in table.benchmarks for row in _counted(rows, name)]
+        own = [row for row in own if re.search(table.only, _part(row, 0) if table.columns else row["setting"])]
+        part = (
+            _matrices(own, table.columns, table.title)
+            if table.columns
+            else _list(own, table.title, named=len(table.benchmarks) > 1)
+        )
+        if not own or not part:
+            raise ValueError(f"README.md's table {table.title!r}: {RESULTS} has no row of it.")
+        lines += part
+    return "\n".join(lines).rstrip()
 
 
 def full_tables(rows: Iterable[Row]) -> str:
     """Return every row as Markdown: a section for each benchmark, and in it a table for each time and place."""
     rows = list(rows)
     lines = []
-    for benchmark in dict.fromkeys(row["benchmark"] for row in rows):
-        lines += [f"## {benchmark}", ""]
+    first = [name for table in SHOWN for name in table.benchmarks]
+    for benchmark in dict.fromkeys([*first, *(row["benchmark"] for row in rows)]):
         places: dict[tuple[str, ...], list[Row]] = {}
-        for row in rows:
-            if row["benchmark"] == benchmark:
-                places.setdefault((row["date"], row["machine"], row["versions"]), []).append(row)
+        for row in _counted(rows, benchmark):
+            places.setdefault((row["date"], row["machine"], row["versions"]), []).append(row)
+        lines += [f"## {benchmark}", ""] if places else []
         for place, own in places.items():
             lines += [", ".join(place) + ":", ""]
-            lines += _matrices(own) if benchmark in MATRICES else _list(own)
+            lines += _matrices(own) if benchmark in MATRICES else _list(own, "setting")
     return "\n".join(lines).rstrip()
 
 
-def _list(rows: Iterable[Row]) -> list[str]:
-    return ["| | |", "|---|---:|", *(f"| {row['setting']} | {figure(row)} |" for row in rows), ""]
+def _counted(rows: Iterable[Row], benchmark: str) -> list[Row]:
+    """Return the rows of a benchmark that count."""
+    own = [row for row in rows if row["benchmark"] == benchmark]
+    last = max(own, key=lambda row: int(row["line"]), default=None)
+    if last is None or benchmark not in IN_TURNS:
+        return own
+    return [row for row in own if all(row[key] == last[key] for key in ("date", "machine", "versions"))]
 
 
-def _matrices(rows: Iterable[Row]) -> list[str]:
-    """Return a table of all that have the same measures in the same place."""
-    tables: dict[tuple[str, tuple[str, ...]], dict[str, dict[str, Row]]] = {}
-    for (where, what), measures in _matrix(rows).items():
-        tables.setdefault((where, tuple(measures)), {})[what] = measures
+def _part(row: Row, part: int) -> str:
+    """Return of a matrix's setting what is before the measure (0), or the measure (2)."""
+    return row["setting"].rpartition(", ")[part]
+
+
+def _list(rows: Iterable[Row], title: str, *, named: bool = False) -> list[str]:
+    """Return a table with a line for each row, which names its benchmark if `named`."""
+    lines = [f"| {title} | result |", "|---|---:|"]
+    for row in rows:
+        lines.append(f"| {row['benchmark'] + ': ' if named else ''}{row['setting']} | {figure(row)} |")
+    return [*lines, ""]
+
+
+def _matrices(rows: Iterable[Row], columns: Sequence[str] = (), title: str = "") -> list[str]:
+    """Return a table for each place, quotients apart; of the measures `columns` alone, if some are named."""
+    tables: dict[tuple[str, bool], dict[str, dict[str, Row]]] = {}
+    for row in rows:
+        where, _, what = _part(row, 0).partition(": ")
+        if not columns or _part(row, 2) in columns:
+            tables.setdefault((where, " / " in what), {}).setdefault(what, {})[_part(row, 2)] = row
     lines = []
-    for (where, columns), table in tables.items():
-        lines += [f"| {where} | {' | '.join(columns)} |", "|---" + "|---:" * len(columns) + "|"]
-        lines += [f"| {what} | {' | '.join(map(spread, row.values()))} |" for what, row in table.items()]
+    for (where, _), table in tables.items():
+        measures = columns or list(dict.fromkeys(measure for found in table.values() for measure in found))
+        head = f"{title}, {where}" if title else where
+        lines += [f"| {head} | {' | '.join(measures)} |", "|---" + "|---:" * len(measures) + "|"]
+        for what, found in table.items():
+            cells = (figure(found[measure]) if measure in found else "" for measure in measures)
+            lines.append(f"| {what} | {' | '.join(cells)} |")
         lines.append("")
     return lines
 
 
-def _matrix(rows: Iterable[Row]) -> dict[tuple[str, str], dict[str, Row]]:
-    """Return rows by (where, what), then by measure."""
-    found: dict[tuple[str, str], dict[str, Row]] = {}
-    for row in rows:
-        where, _, rest = row["setting"].partition(": ")
-        what, _, measure = rest.rpartition(", ")
-        found.setdefault((where, what), {})[measure] = row
-    return found
-
-
 def figure(row: Row) -> str:
     """Return value and unit: thousands set apart, two digits of what is tiny."""
-    return f"{_number(row['value'])} {row['unit']}".strip()
-
-
-def spread(row: Row) -> str:
-    """Return the same, after it the least and the most of several runs."""
-    runs = sorted(row["runs"].split(), key=float)
-    return figure(row) if len(runs) == 1 else f"{figure(row)} ({_number(runs[0])}…{_number(runs[-1])})"
-
-
-def _number(text: str) -> str:
-    value = float(text)
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.2g}" if 0 < abs(value) < 1e-3 else text
+    value = float(row["value"])
+    text = f"{value:,.0f}" if value >= 1000 else f"{value:.2g}" if 0 < abs(value) < 1e-3 else row["value"]
+    return f"{text} {row['unit']}".strip()
 
 
 def between_markers(text: str, table: str) -> str:
@@ -174,7 +188,7 @@ def between_markers(text: str, table: str) -> str:
 def pages() -> dict[Path, str]:
     """Return the pages with tables, as they should be."""
     rows = read_rows(RESULTS)
-    tables = {ROOT / "README.md": readme_table(rows), ROOT / "docs" / "results.md": full_tables(rows)}
+    tables = {ROOT / "README.md": readme_tables(rows), ROOT / "docs" / "results.md": full_tables(rows)}
     return {path: between_markers(path.read_text(encoding="utf-8"), table) for path, table in tables.items()}
 
 

@@ -35,7 +35,7 @@ from re2tal_jax.reversible import REWIRED, rewire
 
 STAND_IN = """
 import os, sys
-from benchmarks.turns import host_memory, serve
+from benchmarks.worker import host_memory, serve
 
 state = {}
 
@@ -202,10 +202,14 @@ def test_figures_of_every_contestant_and_the_ratios_that_matter(tmp_path):
     }
     assert dict(ratios(contestants, measured)) == {
         "mine / theirs, fastest step": 0.5,
+        "mine / theirs, lower quartile of rounds": 0.5625,
         "mine / theirs, median of rounds": 0.625,
+        "mine / theirs, upper quartile of rounds": 0.6875,
         "mine / theirs, peak memory": 0.5,
         "mine / mine plain, fastest step": 0.25,
+        "mine / mine plain, lower quartile of rounds": 0.25,
         "mine / mine plain, median of rounds": 0.25,
+        "mine / mine plain, upper quartile of rounds": 0.25,
         "mine / mine plain, peak memory": 0.25,
     }
     assert [line.split() for line in table(measured).splitlines()][1] == ["theirs", "4.000", "5.000", "400", "300", "-"]

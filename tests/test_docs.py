@@ -214,34 +214,83 @@ def test_a_later_row_replaces_an_earlier_one_of_the_same_setting(tmp_path):
     header = "date,machine,versions,benchmark,setting,value,unit\n"
     path.write_text(header + "d,m,v,demo,seed 0,81.2,%\nd,m,v,demo,seed 1,83,%\nd,m,v,demo,seed 0,1500,%\n")
     rows = tables.read_rows(path)
-    assert [(row["setting"], tables.figure(row)) for row in rows] == [("seed 0", "1,500 %"), ("seed 1", "83 %")]
-    runs = [f"d,m,{version},demo,seed 0,{value},%\n" for version, value in ("a9", "b2", "b3", "b1")]
-    path.write_text(header + "".join(runs))
-    assert [tables.spread(row) for row in tables.read_rows(path)] == ["1 % (1…3)"]
+    assert [(row["setting"], tables.figure(row)) for row in rows] == [("seed 1", "83 %"), ("seed 0", "1,500 %")]
     path.write_text(header + "d,m,v,demo,seed 0\n")
     with pytest.raises(ValueError, match="columns"):
         tables.read_rows(path)
 
 
-def test_measures_of_one_contestant_are_columns():
-    def row(setting: str, value: str) -> tables.Row:
-        place = {"date": "d", "machine": "m", "versions": "v", "benchmark": "against PyTorch"}
-        return {**place, "setting": setting, "value": value, "unit": "s", "runs": f"9 {value} 1200"}
+def rows_of(*lines: str) -> list[tables.Row]:
+    """Rows of the CSV, of a benchmark, a setting and a value each."""
+    keys = ("date", "versions", "benchmark", "setting", "value")
+    rows = [dict(zip(keys, line.split("|"), strict=True)) for line in lines]
+    return [{**row, "machine": "m", "unit": "s", "line": str(number)} for number, row in enumerate(rows)]
 
-    told = ("OpenTAD plain", "ours (workspace 1, stored_blocks 2)")
-    rows = [row(f"here, 2 threads: {who}, {measure}", f"{i}") for i, who in enumerate(told) for measure in "ab"]
-    rows += [row(f"here, 2 threads: {told[1]} / {told[0]}, c", "7"), {**row("elsewhere", "8"), "benchmark": "demo"}]
-    assert tables.full_tables(rows) == "\n".join(
-        [
-            *("## against PyTorch", "", "d, m, v:", ""),
-            *("| here, 2 threads | a | b |", "|---|---:|---:|"),
-            "| OpenTAD plain | 0 s (0…1,200) | 0 s (0…1,200) |",
-            *("| ours (workspace 1, stored_blocks 2) | 1 s (1…1,200) | 1 s (1…1,200) |", ""),
-            *("| here, 2 threads | c |", "|---|---:|"),
-            *("| ours (workspace 1, stored_blocks 2) / OpenTAD plain | 7 s (7…1,200) |", ""),
-            *("## demo", "", "d, m, v:", "", "| | |", "|---|---:|", "| elsewhere | 8 s |"),
-        ]
+
+TURNS = rows_of(
+    "d|old|against PyTorch|here, 2 threads: gone, a|9",
+    "d|v|against PyTorch|here, 2 threads: OpenTAD plain, a|1",
+    "d|v|against PyTorch|here, 2 threads: OpenTAD plain, b|2000",
+    "d|v|against PyTorch|here, 2 threads: ours (workspace 1, stored_blocks 2), b|3",
+    "d|v|against PyTorch|here, 2 threads: ours (workspace 1, stored_blocks 2) / OpenTAD plain, c|4",
+    "d|v|demo|seed 0|5",
+    "e|v|demo|seed 1|6",
+)
+
+
+def test_measures_are_columns_and_times_and_places_tables_of_their_own():
+    assert (
+        tables.full_tables(TURNS)
+        == """\
+## against PyTorch
+
+d, m, v:
+
+| here, 2 threads | a | b |
+|---|---:|---:|
+| OpenTAD plain | 1 s | 2,000 s |
+| ours (workspace 1, stored_blocks 2) |  | 3 s |
+
+| here, 2 threads | c |
+|---|---:|
+| ours (workspace 1, stored_blocks 2) / OpenTAD plain | 4 s |
+
+## demo
+
+d, m, v:
+
+| setting | result |
+|---|---:|
+| seed 0 | 5 s |
+
+e, m, v:
+
+| setting | result |
+|---|---:|
+| seed 1 | 6 s |"""
     )
+
+
+def test_the_readme_shows_what_is_chosen_and_misses_nothing_silently():
+    chosen = (
+        tables.Table("Steps", ("against PyTorch",), ("b", "a"), only="^[^/]*$"),
+        tables.Table("Besides", ("demo", "none"), only="0"),
+    )
+    assert (
+        tables.readme_tables(TURNS, chosen)
+        == """\
+| Steps, here, 2 threads | b | a |
+|---|---:|---:|
+| OpenTAD plain | 2,000 s | 1 s |
+| ours (workspace 1, stored_blocks 2) | 3 s |  |
+
+| Besides | result |
+|---|---:|
+| demo: seed 0 | 5 s |"""
+    )
+    for lost in (tables.Table("Lost", ("demo",), only="seed 7"), tables.Table("Lost", ("against PyTorch",), ("d",))):
+        with pytest.raises(ValueError, match="table 'Lost'"):
+            tables.readme_tables(TURNS, (lost,))
 
 
 def test_a_table_needs_its_markers():

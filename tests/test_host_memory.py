@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 
-from benchmarks.turns import host_memory
+from benchmarks.worker import host_memory
 from re2tal_jax.training.host_memory import give_back
 
 

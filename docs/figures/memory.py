@@ -16,10 +16,8 @@ from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 RESULTS = Path(__file__).parents[1] / "results.csv"
 OUT = Path(__file__).with_suffix(".svg")
 PANELS = {
-    "step memory by": re.compile(
-        r"(anet: )?video_swin_tiny, (?P<x>[\d,]+) frames( at 224 x 224)?, (?P<way>.+), for h100"
-    ),
-    "stage memory": re.compile(r"(?P<x>\d+) blocks, (?P<way>.+), for an H100"),
+    "step memory by": re.compile(r"h100: video_swin_tiny, (?P<x>[\d,]+) frames( at 224 x 224)?, (?P<way>.+)"),
+    "stage memory": re.compile(r"H100: (?P<x>\d+) blocks, (?P<way>.+)"),
 }
 """How the benchmarks of a panel begin, and the form of the settings that it shows."""
 

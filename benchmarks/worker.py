@@ -1,4 +1,4 @@
-"""The workers' side of a benchmark in turns: commands come as JSON lines on stdin, answers go out on stdout.
+"""A worker's side of a benchmark in turns: commands come as JSON lines on stdin, answers go out on stdout.
 
 `benchmarks.opentad_worker` imports it under another project's interpreter: it needs Python 3.8 and nothing else.
 """
