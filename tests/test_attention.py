@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from einops import rearrange
+from jax.sharding import SingleDeviceSharding
 
+from re2tal_jax.accelerators import absent_devices, compile_options, is_available
 from re2tal_jax.backbones.attention import MASKED, attend, split_heads
 
 WINDOWS, HEADS, TOKENS, CHANNELS = 3, 2, 5, 4
@@ -98,6 +100,29 @@ def test_bfloat16_gradients_are_good_whatever_all_values_share(offset):
     for own, true in zip(gradients(attend, jnp.bfloat16), exact, strict=True):
         error = np.asarray(own, np.float32) - np.asarray(true)
         assert np.linalg.norm(error) <= 0.008 * np.linalg.norm(np.asarray(true))  # 0.005 seen, by autodiff 0.016
+
+
+@pytest.mark.parametrize("with_regions", [False, True])
+def test_a_gpu_holds_logits_once_in_float32_and_weights_in_bfloat16(with_regions: bool):
+    """Left alone, XLA writes the bias out for every window and keeps the weights in float32: 2.5 to 3 times logits."""
+    if not is_available("h100"):
+        pytest.skip("no compiler for h100: pip install '.[aot]'")
+    device = absent_devices("h100")[0]
+    windows, heads, tokens, channels = 36, 3, 392, 32
+
+    def array(shape: tuple[int, ...], dtype: jnp.dtype) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device))
+
+    def gradients(q, k, v, bias, regions, dresult):
+        result, pull = jax.vjp(lambda *a: attend(*a, regions if with_regions else None), q, k, v, bias)
+        return result, pull(dresult)
+
+    head = array((windows, heads, tokens, channels), jnp.bfloat16)
+    bias, regions = array((heads, tokens, tokens), jnp.float32), array((windows, tokens), jnp.float32)
+    lowered = jax.jit(gradients).lower(head, head, head, bias, regions, head)
+    stats = lowered.compile(compile_options(device)).memory_analysis()
+    logits = 4 * windows * heads * tokens**2
+    assert 1.5 * logits < stats.temp_size_in_bytes < 1.75 * logits  # and cuBLAS's own workspace
 
 
 @pytest.mark.parametrize(
