@@ -82,7 +82,7 @@ def get_config() -> ConfigDict:
             optimizer=dict(
                 schedule=dict(decay="cosine", length=dict(epochs=60), warmup=dict(epochs=5), min_lr=1e-8),
                 clip_norm=1.0,
-                ema_decay=0.999,
+                ema_decay=0.99,  # few videos are few steps, of which an average over 1,000 would be mostly the start
                 accumulate=1,
             ),
             mesh=dict(data=-1, fsdp=1),

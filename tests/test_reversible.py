@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from re2tal_jax.diagnostics import diagnose, diagnose_chain
-from re2tal_jax.exact import GRID, to_grid, widen
+from re2tal_jax.exact import GRID, at_least_float32, to_grid, widen
 from re2tal_jax.reversible import PLAIN, REWIRED, Wiring, rewire
 
 WIDTH = 8
@@ -240,7 +240,8 @@ def test_low_precision_branches_invert_bit_exactly_at_depth_48():
     assert exact.reconstruction_error == 0
     assert 1 < exact.largest_state < 1024
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("re2tal_jax.reversible.to_grid", lambda x: x)
+        for module in ("reversible", "branch"):  # of a chain's start, and of what is added
+            patch.setattr(f"re2tal_jax.{module}.to_grid", lambda x: x)
         control = jax.jit(lambda b, x, key: diagnose_chain(REWIRED, b, x, key=key, aux=aux))
         assert control(branches, x, jax.random.key(5)).reconstruction_error > 1e-7
 
@@ -279,6 +280,13 @@ def test_a_widened_number_keeps_the_rounding_that_compilers_skip():
     control = jax.jit(lambda a, b: (a + b).astype(jnp.float32))
     assert jnp.all(control(a, b) != jnp.float32([3.015625, 1.0]))
     assert widen(a, jnp.bfloat16) is a
+
+
+def test_sums_are_in_float32_but_for_float64():
+    with jax.enable_x64(True):
+        assert at_least_float32(jnp.float64) == jnp.float64
+    for dtype in (jnp.uint8, jnp.bool_, jnp.int32, jnp.float16, jnp.bfloat16, jnp.float32):
+        assert at_least_float32(dtype) == jnp.float32
 
 
 @dataclass(frozen=True)
