@@ -75,6 +75,25 @@ def test_latest_and_best_are_kept_also_by_a_resumed_run(tmp_path, state):
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["7"]
 
 
+def test_a_checkpoint_that_is_evaluated_later_is_as_one_saved_with_its_metrics(tmp_path, spec, state):
+    later, at_once = (Checkpoints(tmp_path / name, CheckpointConfig()) for name in ("later", "at_once"))
+    for step, value in ((1, 0.2), (2, None)):
+        metrics = None if value is None else {"average_mAP": value}
+        later.save(at(state, step), data=0, config={}, metrics=metrics)
+        at_once.save(at(state, step), data=0, config={}, metrics=metrics or {"average_mAP": 0.3, "mAP@0.5": 0.4})
+    later.wait()
+    at_once.wait()
+    with pytest.raises(ConfigError, match="average_mAP"):
+        later.add_metrics(2, {"mAP@0.5": 0.4})
+    assert later.best_step == 1
+    later.add_metrics(2, {"average_mAP": 0.3, "mAP@0.5": 0.4})
+    files = [tmp_path / name / "checkpoints" / "2" / "metrics" / "metrics" for name in ("later", "at_once")]
+    assert files[0].read_text() == files[1].read_text()
+    for checkpoints in (later, Checkpoints(tmp_path / "later", CheckpointConfig())):
+        assert (checkpoints.best_step, checkpoints.metrics(2)) == (2, {"average_mAP": 0.3, "mAP@0.5": 0.4})
+    assert bits(later.restore(spec.abstract).state) == bits(at(state, 2))
+
+
 def test_without_an_evaluation_there_is_no_best(tmp_path, state, caplog):
     save(tmp_path, state, {1: None, 2: None})
     assert "tracked_metric" not in caplog.text  # orbax's word for a missing evaluation

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 
 from re2tal_jax.errors import ConfigError, DataError
+from re2tal_jax.training.checkpoint import best_or_latest
+from re2tal_jax.training.header import START_LEFT, decay_that_forgets, warn_of_start_in_average
 from re2tal_jax.training.loop import LoopConfig, NonFiniteError
 from re2tal_jax.training.optim import Duration
 from re2tal_jax.training.sharding import MeshConfig
@@ -151,6 +153,88 @@ def test_a_signal_during_evaluation_saves_and_the_evaluation_is_made_up_for(tmp_
     assert {"step": 3, "eval/average_mAP": 0.25} in read_jsonl(tmp_path / "metrics.jsonl")
 
 
+def evaluations(lines):
+    return [(line["step"], line["eval/average_mAP"]) for line in lines if "eval/average_mAP" in line]
+
+
+def cut_short_at(step: int):
+    """An evaluation that is left by a signal at that step, and is the step's share of a hundred at others."""
+
+    def evaluate(params, now):
+        if now == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise AssertionError("the signal leaves the evaluation")
+        return {"average_mAP": now / 100}
+
+    return evaluate
+
+
+@pytest.mark.parametrize(
+    "first", [{"hook": signal_in_step(10, signal.SIGTERM)}, {"evaluate": cut_short_at(10)}], ids=["step", "evaluation"]
+)
+def test_a_signal_where_an_evaluation_is_due_postpones_it_to_the_start_of_the_resumed_run(
+    tmp_path, parts, straight, first
+):
+    durations = {"evaluate_every": 5, "checkpoint_every": 100}
+    events, hundredth = [], cut_short_at(-1)
+    stopped = make_run(tmp_path, parts, **{"evaluate": hundredth} | first, **durations)
+    result = stopped.run()
+    assert (result.interrupted, result.step, result.metrics) == (True, 10, None)
+    assert evaluations(read_jsonl(tmp_path / "metrics.jsonl")) == [(5, 0.05)]
+    assert stopped.checkpoints.best_step == 5
+
+    def evaluate(params, step):
+        events.append(f"evaluation of {step}")
+        return hundredth(params, step)
+
+    def hook(finished):
+        events.append(f"step {finished + 1}")
+        if finished == 11:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    resumed = make_run(tmp_path, parts, evaluate=evaluate, hook=hook, **durations)
+    assert resumed.run().step == 12
+    assert events == ["evaluation of 10", "step 11", "step 12"]
+    assert (resumed.checkpoints.best_step, resumed.checkpoints.metrics(10)) == (10, {"average_mAP": 0.1})
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["10", "12"]  # best and latest
+    assert best_or_latest(tmp_path) == 10
+
+    result = make_run(tmp_path, parts, evaluate=hundredth, **durations).run()
+    assert bits(result.state) == bits(straight[0].state)
+    lines = read_jsonl(tmp_path / "metrics.jsonl")
+    assert evaluations(lines) == [(5, 0.05), (10, 0.1), (15, 0.15), (20, 0.2)]
+    assert losses(lines) == losses(straight[1])
+
+
+def test_an_evaluation_that_is_made_up_for_can_be_cut_short_again(tmp_path, parts):
+    for _ in range(2):
+        result = make_run(tmp_path, parts, evaluate=cut_short_at(2), evaluate_every=2, stop=4).run()
+        assert (result.interrupted, result.step, result.metrics) == (True, 2, None)
+    assert make_run(tmp_path, parts, evaluate=cut_short_at(-1), evaluate_every=2, stop=4).run().step == 4
+    assert evaluations(read_jsonl(tmp_path / "metrics.jsonl")) == [(2, 0.02), (4, 0.04)]
+
+
+@pytest.mark.parametrize("first", [{}, {"evaluate": cut_short_at(4)}], ids=["in time", "made up for"])
+def test_what_was_evaluated_is_not_evaluated_again(tmp_path, parts, first):
+    def never(params, step):
+        raise AssertionError(f"step {step} was evaluated before")
+
+    durations = {"evaluate_every": 2, "stop": 4}
+    make_run(tmp_path, parts, **first, **durations).run()
+    made = make_run(tmp_path, parts, **durations).run().metrics
+    again = make_run(tmp_path, parts, evaluate=never, **durations).run()
+    assert (again.interrupted, again.step, again.metrics) == (False, 4, made)
+    stop_5 = durations | {"evaluate_every": 4, "stop": 5}  # goes on behind a step that was evaluated
+    with pytest.raises(AssertionError, match="step 5 was evaluated before"):
+        make_run(tmp_path, parts, evaluate=never, **stop_5).run()
+
+
+def test_a_resumed_run_evaluates_no_step_where_none_is_due(tmp_path, parts):
+    make_run(tmp_path, parts, hook=signal_in_step(3, signal.SIGTERM), evaluate_every=2, stop=5).run()
+    make_run(tmp_path, parts, evaluate_every=2, stop=5).run()
+    assert [step for step, _ in evaluations(read_jsonl(tmp_path / "metrics.jsonl"))] == [2, 4, 5]
+
+
 def test_a_failing_evaluation_does_not_lose_training(tmp_path, parts):
     run = make_run(tmp_path, parts, evaluate=lambda params, step: {"mAP": 0.5}, stop=2)
     with pytest.raises(ConfigError, match=r"'average_mAP' is none of the evaluation's\. Allowed: mAP"):
@@ -189,6 +273,38 @@ def test_console_has_a_header_a_line_per_step_and_compile_time_apart(tmp_path, p
     assert re.search(
         r"step 1/2 \| ETA 00:\d\d:\d\d \| \d+\.\d{3} s/step \| normalizer .* total .* \| grad norm .* \| peak", text
     )
+
+
+def test_a_new_run_warns_of_an_average_that_is_still_its_start(tmp_path, parts, caplog):
+    """The stand-in averages by 0.999: two steps leave 0.998 of the start, and 0.22 ** 2 = 0.048."""
+    make_run(tmp_path, parts, stop=2).run()
+    said = "still holds 99.8 % of its start after 2 steps (config.optimizer.ema_decay = 0.999): lower it, 0.22 leaves 4"
+    assert caplog.text.count(said) == 1
+    caplog.clear()
+    make_run(tmp_path, parts, stop=3).run()
+    assert "of its start" not in caplog.text  # said when the run was new
+
+
+@pytest.mark.parametrize(
+    ("decay", "steps", "advice"),
+    [
+        (0.999, 300, "74.1 % of its start after 300 steps (config.optimizer.ema_decay = 0.999): lower it, 0.99 leaves"),
+        (0.999, 2900, "5.5 % of its start after 2900 steps (config.optimizer.ema_decay = 0.999): lower it, 0.9989 lea"),
+        (0.99, 1, "99.0 % of its start after 1 steps (config.optimizer.ema_decay = 0.99): lower it, 0.05 leaves"),
+        (0.999, 3500, ""),  # THUMOS-14 as ActionFormer's authors train it
+        (0.99, 300, ""),
+        (0.0, 1, ""),
+    ],
+)
+def test_the_advice_for_an_average_leaves_a_twentieth_of_its_start(caplog, decay, steps, advice):
+    warn_of_start_in_average(decay, steps)
+    assert bool(caplog.messages) == bool(advice)
+    assert advice in caplog.text
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 20, 100, 299, 300, 1000, 2995, 3000, 123_456, 10_000_000])
+def test_the_decay_advised_is_hardly_lower_than_it_need_be(steps):
+    assert START_LEFT / 1.4 < decay_that_forgets(steps) ** steps <= START_LEFT
 
 
 def test_a_second_ctrl_c_leaves_at_once():

@@ -1,13 +1,17 @@
 """The command line: one real run with all that it leaves, its exact continuation after a kill, and wrong arguments."""
 
+import dataclasses
+import importlib
 import json
 import logging
+import os
 import re
 import shutil
 import signal
 import sys
 
 import jax
+import numpy as np
 import pytest
 
 from re2tal_jax.activitynet_format import read_activitynet
@@ -17,8 +21,18 @@ from re2tal_jax.main import read_command, without_traceback
 from re2tal_jax.settings import read_settings
 from re2tal_jax.training.checkpoint import CheckpointConfig, Checkpoints
 from re2tal_jax.training.sharding import make_mesh
-from tests.system import CLASSES, NUM_TRAIN, NUM_VALIDATION, command, run_process, tiny_config, write_config
-from tests.training_stand_in import bits, read_jsonl
+from tests.system import (
+    CLASSES,
+    NUM_TRAIN,
+    NUM_VALIDATION,
+    changed,
+    command,
+    run_mode,
+    run_process,
+    tiny_config,
+    write_config,
+)
+from tests.training_stand_in import Hooked, bits, read_jsonl
 
 pytest_plugins = "tests.system_fixtures"
 
@@ -106,6 +120,45 @@ def test_ten_steps_then_kill_then_the_same_command_equal_twenty_steps(
     ]
     assert unusual == []
     assert "warn" not in resumed.out.lower()
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_a_stopped_run_names_the_step_of_its_table_and_calls_none_better_than_what_it_did_not_evaluate(
+    tmp_path, config, monkeypatch, caplog
+):
+    """Evaluations at steps 2, 4 and 6, of which the earlier are better; a signal in step 4 comes before its own."""
+    caplog.set_level("INFO")
+    config = changed(config, loop__evaluate_every__steps=2)
+    module = importlib.import_module("re2tal_jax.modes.train")  # the package's attribute is the function
+    make = module.make_train_step
+
+    class Falling(module.Evaluator):
+        def __call__(self, params, step=None, *, final=False):
+            table = super().__call__(params, step, final=final)
+            return dataclasses.replace(table, per_class={name: np.full(2, 1 / step) for name in table.per_class})
+
+    def signal_in_step_4(finished):
+        if finished == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(module, "Evaluator", Falling)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "make_train_step", lambda *args: Hooked(make(*args), signal_in_step_4))
+        result = run_mode("train", config, tmp_path)
+    assert (result.interrupted, result.step, result.metrics) == (True, 4, None)
+    assert "step 2, validation: 4 ground-truth segments of 2 classes" in caplog.text
+    assert "step 4 was not evaluated; of those that were, step 2 is the best: --mode eval takes it." in caplog.text
+    assert "was better" not in caplog.text
+    assert "report.html" not in caplog.text  # the last evaluation alone writes it
+
+    caplog.clear()
+    assert run_mode("train", config, tmp_path).step == 6
+    assert "step 6, validation: 4 ground-truth segments of 2 classes" in caplog.text
+    assert "step 2 was better: it is kept, and --mode eval takes it." in caplog.text
+    assert "not evaluated" not in caplog.text
+    assert f"{tmp_path / 'report.png'}, {tmp_path / 'report.html'}\n" in caplog.text
+    evaluated = [line["step"] for line in read_jsonl(tmp_path / "metrics.jsonl") if "eval/average_mAP" in line]
+    assert evaluated == [2, 4, 6]
 
 
 def test_another_process_evaluates_the_run_on_other_devices(tmp_path, run_folder, finished, compiled):

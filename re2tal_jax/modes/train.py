@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from re2tal_jax.evaluation import DetectionMap
 from re2tal_jax.experiment import (
     check_shapes,
     describe_data,
@@ -51,11 +52,11 @@ def train(settings: Settings, config: Mapping[str, Any], workdir: Path) -> Train
     train_step = make_train_step(blueprint.spec, make_preprocess(settings.train, dataset.classes), mesh)
     evaluator = Evaluator(settings, blueprint, mesh, workdir)
     last_step, _, _ = settings.loop.in_steps(loader.steps_per_epoch)
-    tables = []
+    tables: dict[int, DetectionMap] = {}
 
     def evaluate(params: Any, step: int) -> Mapping[str, float]:
-        tables.append(evaluator(params, step, final=step == last_step))
-        return tables[-1].metrics()
+        tables[step] = evaluator(params, step, final=step == last_step)
+        return tables[step].metrics()
 
     with compile_cache(workdir) as cache, Checkpoints(workdir, settings.checkpoints) as checkpoints:
         checkpoints.check_metrics(evaluator.metric_names)
@@ -86,9 +87,14 @@ def train(settings: Settings, config: Mapping[str, Any], workdir: Path) -> Train
         if not begins and stored is None and jax.process_index() == 0:  # begun before class lists were kept
             write_classes(workdir, dataset.classes)
     if tables:
-        written = (checkpoints.directory, *(workdir / name for name in (PREDICTIONS, REPORT, PAGE)))
-        log.info("%s\nwritten: %s", tables[-1], ", ".join(map(str, written)))
-        if best not in (None, result.step):
+        step, table = tables.popitem()  # the latest; a signal may have come at a later step
+        files = (PREDICTIONS, REPORT, PAGE) if step == last_step else (PREDICTIONS, REPORT)
+        written = (checkpoints.directory, *(workdir / name for name in files))
+        log.info("step %d, %s\nwritten: %s", step, table, ", ".join(map(str, written)))
+        if result.metrics is None and best is not None:
+            words = "step %d was not evaluated; of those that were, step %d is the best: --mode eval takes it."
+            log.info(words, result.step, best)
+        elif best not in (None, result.step):
             log.info("step %d was better: it is kept, and --mode eval takes it.", best)
     elif not result.interrupted:
         log.info(

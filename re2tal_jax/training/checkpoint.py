@@ -137,12 +137,31 @@ class Checkpoints:
             self.check_metrics(metrics)
         arrays = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
         texts = {"data": ocp.args.JsonSave({"processes": _gather(data)}), "config": ocp.args.JsonSave(dict(config))}
-        saved: dict[str, float | None] = {RANK: None}  # orbax warns at every save without metrics
-        if metrics is not None:
-            saved = {name: float(value) for name, value in metrics.items()}
-            saved[RANK] = saved[self.config.best_metric]
+        saved = {RANK: None} if metrics is None else self._ranked(metrics)  # orbax warns at every save without metrics
         self._manager.save(step, args=ocp.args.Composite(**arrays, **texts), metrics=saved)
         return step
+
+    def add_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Let a complete checkpoint that was saved without an evaluation be as one that was saved with it.
+
+        Only its small file of metrics is replaced, in one move: saving the step anew would first delete it.
+
+        Raises:
+            ConfigError: the metric that ranks checkpoints is missing.
+        """
+        self.check_metrics(metrics)
+        if jax.process_index() == 0:
+            path = self.directory / str(step) / "metrics" / "metrics"
+            partial = path.with_name(f".metrics.{os.getpid()}")
+            partial.write_text(json.dumps(self._ranked(metrics)))
+            partial.replace(path)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"metrics of step {step}")  # the others read what was written
+        self._manager.reload()
+
+    def _ranked(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        saved = {name: float(value) for name, value in metrics.items()}
+        return saved | {RANK: saved[self.config.best_metric]}
 
     def check_metrics(self, metrics: Collection[str]) -> None:
         """Raise ConfigError unless the metric that ranks checkpoints is among those of this name."""

@@ -18,7 +18,7 @@ from re2tal_jax.data.pipeline import Loader, Prefetch
 from re2tal_jax.errors import ConfigError, DataError, Re2TalError
 from re2tal_jax.training.checkpoint import Checkpoints, write_config
 from re2tal_jax.training.compile_cache import cache_hits
-from re2tal_jax.training.header import log_header
+from re2tal_jax.training.header import log_header, warn_of_start_in_average
 from re2tal_jax.training.host_memory import give_back
 from re2tal_jax.training.interrupt import Leave, StopSignals
 from re2tal_jax.training.metrics import MetricWriter, Progress, memory_estimate
@@ -60,7 +60,7 @@ class LoopConfig:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a run ended: its state, the last evaluation (None if interrupted before one), and whether it was stopped."""
+    """How a run ended: its state, the evaluation of that step (None if it has none), and whether it was stopped."""
 
     state: TrainState
     step: int
@@ -127,6 +127,7 @@ class Run:
         self.total, self.evaluate_every, self.checkpoint_every = self.config.in_steps(per_epoch)
         if self.checkpoints.latest_step is None:
             self._warn_of_frozen_noise()
+            warn_of_start_in_average(self.spec.optimizer.config.ema_decay, self.total)
             self.state, self.metrics, self.step = self.spec.create(self.initial), None, 0
             log.info("start: new run of %d steps, %d an epoch", self.total, per_epoch)
         else:
@@ -151,12 +152,27 @@ class Run:
 
     def _train(self) -> bool:
         """Train and evaluate to the end; return whether a signal came first."""
+        if not self._make_up_for_evaluation():
+            return True
         if self.step < self.total:
             with Prefetch(self.loader, lambda rows: put_batch(rows, self.mesh)) as batches:
                 return self._take_steps(batches)
-        if self.metrics is None:  # resumed at the last step, whose evaluation had been cut short
-            self._evaluate()
         return False
+
+    def _make_up_for_evaluation(self) -> bool:
+        """Evaluate the checkpoint that was resumed from, if it was left before; return False if a signal came again."""
+        if self.step == 0 or self.metrics is not None or not self._evaluation_is_due():
+            return True
+        log.info("step %d was saved without the evaluation that is due there: it comes first", self.step)
+        begin = time.monotonic()
+        try:
+            self._evaluate()
+        except Leave:
+            return False
+        assert self.metrics is not None  # _evaluate
+        self.checkpoints.add_metrics(self.step, self.metrics)
+        self.progress.pause(time.monotonic() - begin)
+        return True
 
     def _take_steps(self, batches: Prefetch) -> bool:
         batch = self._next_batch(batches)
@@ -225,15 +241,14 @@ class Run:
 
     def _evaluate_and_save(self) -> bool:
         """Do what is due after this step; return False if a signal came while evaluating."""
-        evaluate = self.step % self.evaluate_every == 0 or self.step == self.total
+        evaluate = self._evaluation_is_due()
         if not evaluate and self.step % self.checkpoint_every:
             return True
         self._settle()
         begin = time.monotonic()
         try:
             if evaluate:
-                with self.signals.leaving_early():
-                    self._evaluate()
+                self._evaluate()
         except Leave:
             return False
         finally:
@@ -241,8 +256,13 @@ class Run:
             self.progress.pause(time.monotonic() - begin)
         return True
 
+    def _evaluation_is_due(self) -> bool:
+        return self.step % self.evaluate_every == 0 or self.step >= self.total
+
     def _evaluate(self) -> None:
-        metrics = dict(self.evaluate(self.state.ema_params, self.step))
+        """Evaluate this step and tell it; a signal leaves the evaluation (Leave), and then nothing is told."""
+        with self.signals.leaving_early():
+            metrics = dict(self.evaluate(self.state.ema_params, self.step))
         self.checkpoints.check_metrics(metrics)
         self.metrics = metrics
         self.writer.write(self.step, {f"eval/{name}": value for name, value in metrics.items()})
