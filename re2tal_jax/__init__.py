@@ -10,8 +10,18 @@
 Training, evaluation, prediction and inspection: `python -m re2tal_jax.main --help`.
 """
 
+import glob
 import importlib
+import os
 from typing import Any
+
+_NVIDIA_DRIVER = ("/dev/nvidia*", "/dev/nvhost*", "/dev/dxg")
+"""Files of NVIDIA's driver, on PCs, on Jetson and under WSL."""
+
+if not any(map(glob.glob, _NVIDIA_DRIVER)):
+    # JAX's plugin for GPUs, installed to compile for some that are not here, would look for CUDA and print that it
+    # found none. With a driver it is to look: then its complaint is the reason why a GPU is not used.
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 
 _HOMES = {
     "build_backbone": "backbones",

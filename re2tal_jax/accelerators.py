@@ -176,8 +176,8 @@ def absent_devices(target: str) -> Sequence[jax.Device]:
             ).devices
         except NotImplementedError as error:
             raise ConfigError(
-                f"target {target!r}: JAX has started without its GPU compiler, as it found no CUDA libraries. Ask for "
-                "absent devices before any others, or start Python with JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1."
+                f"target {target!r}: JAX has started without its GPU compiler, as it found no CUDA libraries. Import "
+                "re2tal_jax before any device is used, or start Python with JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1."
             ) from error
     # No metadata server is asked what machine this is, and libtpu is not told to look for chips of this one.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")

@@ -229,8 +229,8 @@ def draw_blueprint(settings: Settings, mesh: Mesh) -> Blueprint:
         ConfigError: a section that cannot run, or batches that the mesh cannot share.
     """
     check_settings(settings)
-    check_batch_size(settings.train.batch_size, mesh, settings.optimizer.accumulate)
-    check_batch_size(settings.eval.batch_size, mesh)
+    check_batch_size(settings.train.batch_size, mesh, settings.optimizer.accumulate, key="config.train.batch_size")
+    check_batch_size(settings.eval.batch_size, mesh, key="config.eval.batch_size")
     model = describe_model(make_detector(settings))
     rules = build(recipe_rules, settings.parameter_groups, path="config.parameter_groups")
     optimizer = make_optimizer(settings.optimizer, rules, model.shapes, _ANY_EPOCH)

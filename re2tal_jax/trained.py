@@ -81,7 +81,7 @@ def open_trained(
     external: ExternalClassifier | None = None,
 ) -> TrainedDetector:
     """Return a checkpoint as a detector on a mesh; errors as `load`, and of batches that the mesh cannot share."""
-    check_batch_size(settings.eval.batch_size, mesh)
+    check_batch_size(settings.eval.batch_size, mesh, key="config.eval.batch_size")
     config = resolved_config(settings)
     saved = saved_config(directory, step)
     check_agreement(config, saved, directory)
@@ -198,7 +198,11 @@ def class_list(
         )
     if len(names) != settings.num_classes:
         source = option.format(str(given)) if given else str(directory / CLASSES)
-        raise ConfigError(f"{source} lists {len(names)} classes, but config.num_classes = {settings.num_classes}.")
+        instead = f"name a list of {settings.num_classes}" if given else "use the config of the training"
+        raise ConfigError(
+            f"{source} lists {len(names)} classes, but config.num_classes = {settings.num_classes}: add "
+            f"--config.num_classes={len(names)}, or {instead}."
+        )
     return names
 
 

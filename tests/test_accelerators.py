@@ -1,5 +1,6 @@
 """Targets: what names them, how many devices they are, what is said of those that cannot be."""
 
+import glob
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import sys
 import jax
 import pytest
 
+import re2tal_jax
 from re2tal_jax import accelerators
 from re2tal_jax.accelerators import absent_devices, compile_options, is_available, read_target
 from re2tal_jax.errors import ConfigError
@@ -85,18 +87,45 @@ def test_only_an_absent_gpu_does_without_what_it_would_try_out():
     assert compile_options(absent_devices("v5e")[0]) == {}
 
 
-@pytest.mark.parametrize("first", ["", "import jax; jax.devices(); "])
+def run_python(code):
+    """Run code as users do: the tests' own JAX_PLATFORMS keeps jax from looking for CUDA."""
+    own = ("JAX_PLATFORMS", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK")
+    environment = {name: value for name, value in os.environ.items() if name not in own}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+
+
+JAX_FIRST = "import jax; jax.devices(); "
+
+
+@pytest.mark.parametrize("first", ["", "import re2tal_jax, jax; jax.devices(); ", JAX_FIRST])
 def test_a_gpu_is_compiled_for_where_jax_finds_no_cuda_libraries(first):
     if not is_available("h100"):
         pytest.skip("no compiler for h100: pip install '.[aot]'")
-    code = f"{first}from re2tal_jax.accelerators import absent_devices; print(absent_devices('h100')[0].device_kind)"
-    # the tests' own JAX_PLATFORMS keeps jax from looking for them
-    environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
-    if first and result.returncode:  # where there are such libraries the order does not matter
+    result = run_python(
+        f"{first}from re2tal_jax.accelerators import absent_devices; print(absent_devices('h100')[0].device_kind)"
+    )
+    if first == JAX_FIRST and result.returncode:  # where there are such libraries the order does not matter
         assert "JAX has started without its GPU compiler" in result.stderr
     else:
         assert result.stdout.strip() == "NVIDIA H100 80GB HBM3", result.stderr
+
+
+def test_cuda_is_not_missed_where_there_is_no_driver():
+    if not is_available("h100"):
+        pytest.skip("no compiler for h100: pip install '.[aot]'")
+    result = run_python("import re2tal_jax, jax; print(len(jax.devices()))")
+    assert result.returncode == 0, result.stderr
+    if not any(map(glob.glob, re2tal_jax._NVIDIA_DRIVER)):
+        assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(("found", "value"), [([], "1"), (["/dev/nvidia0"], None)])
+def test_jax_looks_for_cuda_where_there_is_a_driver(found, value):
+    result = run_python(
+        f"import glob, os; glob.glob = lambda pattern: {found}; import re2tal_jax; "
+        "print(os.environ.get('JAX_SKIP_CUDA_CONSTRAINTS_CHECK'))"
+    )
+    assert result.stdout.strip() == str(value)
 
 
 def test_a_grid_of_chips_that_is_not_built_is_refused_in_one_sentence():

@@ -78,7 +78,7 @@ def test_a_recipe_is_ready_for_its_data(name, parameters, norms):
         ({"train__mirror__flip_classes": {"left": 1}}, "config.train.mirror.flip_classes.left = 1 has type int"),
         ({"mesh__data": 3}, "mesh .* has 3 places, but there are 1 devices"),
         ({"mesh__data": -1, "mesh__fsdp": -1}, "every size is at least 1, and one of them may be -1"),
-        ({"optimizer__accumulate": 3}, "batch size 8 does not split evenly over 1 devices x 3 micro-batches"),
+        ({"optimizer__accumulate": 3}, "config.train.batch_size = 8 does not split .* 1 devices .* x 3 micro-batches"),
         ({"optimizer__schedule__warmup": {"steps": 20}}, "warm-up of 20 steps must be shorter than its length, 20"),
         ({"optimizer__schedule__length": {"steps": 20, "epochs": 2}}, "exactly one of steps and epochs"),
         ({"parameter_groups__backbone_lr": float("inf")}, "lr = inf.* must be >= 0 and finite"),

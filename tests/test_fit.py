@@ -155,16 +155,19 @@ def test_inspect_finds_the_batch_that_fits_and_shows_what_it_compiled(tmp_path, 
     assert not told[3]
     assert all(fits == (batch <= 2) for batch, fits in told.items())
     assert rows[-1] in caplog.text
+    assert "  2 videos a batch: compiling the step\n" in caplog.text  # before it takes its minutes
     assert not (tmp_path / "run").exists()
 
 
-def test_inspect_compiles_for_accelerators_that_are_not_there(tmp_path, config):
+def test_inspect_compiles_for_accelerators_that_are_not_there(tmp_path, config, caplog):
     """Four chips share the batch; nothing of this machine's devices is asked."""
     if not is_available("v5e"):
         pytest.skip("no compiler for v5e: pip install '.[aot]'")
     config = changed(config, mesh__data=-1, mesh__fsdp=1, backbone__depths=(1,), localizer__arch=(0, 0, 1))
     module = importlib.import_module("re2tal_jax.modes.inspect")
+    caplog.set_level("INFO")
     report = module.inspect(read_settings(config), config, tmp_path / "run", target="v5e:2x2")
+    assert "compiling the reversible step for v5e:2x2: this takes some minutes" in caplog.text
     assert "devices: 4 x TPU v5 lite in 1 process(es), mesh data 4 x fsdp 1" in report
     assert re.search(r"\n  reversible +[\d.,]+ MiB per device \(arguments .*\); compiled in \d+ s\n", report)
     assert re.search(r"\n +fits: \d+\.\d % of the 16,128\.0 MiB of a device\n", report)  # 15.75 GiB

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import psutil
 import pytest
+from grain.multiprocessing import SharedMemoryArray
 
 from re2tal_jax.data import video
 from re2tal_jax.data.dataset import Dataset
@@ -141,6 +142,15 @@ def test_workers_and_threads_change_nothing(folder):
     assert_equal(take(loader(data, RANDOM, threads), 9), expected)
     workers = LoaderConfig(height=32, width=32, workers=2, threads=1)
     assert_equal(take(loader(data, RANDOM, workers), 9), expected)
+
+
+def test_workers_leave_no_shared_memory_behind(folder):
+    gc.disable()
+    try:
+        list(loader(dataset(folder), config=LoaderConfig(height=32, width=32, workers=1, threads=1), train=False))
+        assert not [held for held in gc.get_objects() if type(held) is SharedMemoryArray]
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("policy", [WHOLE, RANDOM])

@@ -48,9 +48,14 @@ def test_mesh_that_does_not_fit_the_devices_is_refused(config, message):
 
 def test_batch_must_split_over_devices_and_micro_batches():
     mesh = make_mesh(MeshConfig(), jax.devices())
-    check_batch_size(16, mesh, accumulate=2)
-    with pytest.raises(ConfigError, match=r"batch size 20 .* 8 devices x 2 micro-batches: .* multiple of 16, .* 16\."):
-        check_batch_size(20, mesh, accumulate=2)
+    key = "config.train.batch_size"
+    check_batch_size(16, mesh, accumulate=2, key=key)
+    message = (
+        r"^config.train.batch_size = 20 does not split evenly over 8 devices \(config.mesh.cpu_devices\) x 2 "
+        r"micro-batches \(config.optimizer.accumulate\): choose a multiple of 16, for example 16\.$"
+    )
+    with pytest.raises(ConfigError, match=message):
+        check_batch_size(20, mesh, accumulate=2, key=key)
 
 
 def test_batch_is_split_over_all_devices():

@@ -24,7 +24,7 @@ from re2tal_jax.data.tfds_builders.__main__ import main, prepare
 from re2tal_jax.data.tfds_builders.contents import NAME, VERSION, split_names
 from re2tal_jax.data.video import VideoInfo, VideoSource, probe, read_frames
 from re2tal_jax.errors import ConfigError, DataError
-from tests.video_files import numbered_frames, write_audio, write_video
+from tests.video_files import READERS, numbered_frames, write_audio, write_video
 
 SMALL = LoaderConfig(height=32, width=32, threads=2)
 WHOLE = Resize(num_snippets=4, frames_per_snippet=2)
@@ -203,7 +203,7 @@ class Held(VideoSource):
         return self.content
 
 
-@pytest.mark.parametrize("reader", ["decord", "pyav"])
+@pytest.mark.parametrize("reader", READERS)
 def test_frames_of_bytes_are_those_of_the_file(videos, reader):
     path = videos / "c.mp4"
     source = Held(path.read_bytes(), probe(path))
@@ -213,12 +213,13 @@ def test_frames_of_bytes_are_those_of_the_file(videos, reader):
     assert source.reads == 1
 
 
-def test_bytes_are_freed_when_their_frames_are_read(videos):
+@pytest.mark.parametrize("reader", READERS)
+def test_bytes_are_freed_when_their_frames_are_read(videos, reader):
     content = (videos / "c.mp4").read_bytes() + bytes(8 * 2**20)  # the decoders stop at the end of the video
 
     def read():
         for _ in range(20):
-            read_frames(Held(content), [0], 32, 32, reader="decord")
+            read_frames(Held(content), [0], 32, 32, reader=reader)
 
     read()
     gc.disable()

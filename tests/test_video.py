@@ -1,12 +1,25 @@
+import subprocess
+import sys
+from pathlib import Path
+
 import av
-import decord
 import numpy as np
 import pytest
 
 from re2tal_jax.data import video
 from re2tal_jax.data.video import OpenVideo, frame_times, probe, read_frames, seconds_to_frames, source_size
 from re2tal_jax.errors import ConfigError, DataError
-from tests.video_files import frame_numbers, numbered_frames, rotate, write_audio, write_video
+from tests.video_files import (
+    READERS,
+    frame_numbers,
+    needs_decord,
+    numbered_frames,
+    rotate,
+    write_audio,
+    write_video,
+)
+
+decord = video.decord
 
 FAST_START = {"movflags": "faststart"}  # header first, so that a truncated file still opens
 
@@ -45,6 +58,7 @@ def test_probe_counts_frames_where_the_container_does_not(tmp_path):
     assert probe(path).num_frames == 20
 
 
+@needs_decord
 @pytest.mark.parametrize("crop", ["squeeze", "center"])
 def test_both_readers_give_equal_pixels(data_dir, crop):
     path, indices = data_dir / "videos" / "test.mp4", [299, 3, 150, 3, 151, 0]
@@ -55,6 +69,7 @@ def test_both_readers_give_equal_pixels(data_dir, crop):
     np.testing.assert_array_equal(by_decord, by_pyav)
 
 
+@needs_decord
 @pytest.mark.parametrize("degrees", [90, 180, 270])
 def test_both_readers_turn_a_rotated_video(tmp_path, thirds, degrees):
     path = rotate(tmp_path / "turned.mp4", degrees, thirds)
@@ -67,12 +82,13 @@ def test_both_readers_turn_a_rotated_video(tmp_path, thirds, degrees):
     assert np.abs(difference).mean() < 3  # chroma samples sit elsewhere in a turned picture
 
 
-@pytest.mark.parametrize("reader", ["decord", "pyav"])
+@pytest.mark.parametrize("reader", READERS)
 def test_frames_come_in_the_order_asked_for(numbered, reader):
     frames = read_frames(numbered, [5, 2, 2, 40, 0, 47], 32, 32, reader=reader)
     assert frame_numbers(frames) == [5, 2, 2, 40, 0, 47]
 
 
+@needs_decord
 def test_each_different_frame_is_decoded_once(numbered, monkeypatch):
     asked, read = [], decord.VideoReader.get_batch
     monkeypatch.setattr(decord.VideoReader, "get_batch", lambda self, these: asked.append(these) or read(self, these))
@@ -84,6 +100,7 @@ def test_each_different_frame_is_decoded_once(numbered, monkeypatch):
     assert len(converted) == 2
 
 
+@needs_decord
 def test_frames_far_apart_are_sought_and_others_decoded_on(numbered, monkeypatch):
     asked, read = [], decord.VideoReader.get_batch
     monkeypatch.setattr(decord.VideoReader, "get_batch", lambda self, these: asked.append(these) or read(self, these))
@@ -92,10 +109,10 @@ def test_frames_far_apart_are_sought_and_others_decoded_on(numbered, monkeypatch
     assert [these.tolist() for these in asked] == [[0, 8], [0, 3, 16]]
 
 
-@pytest.mark.parametrize("reader", ["decord", "pyav"])
+@pytest.mark.parametrize("reader", READERS)
 def test_an_open_video_is_read_on_and_back_and_its_index_once(data_dir, monkeypatch, reader):
     path, indexed = data_dir / "videos" / "test.mp4", []
-    for owner, name in ((decord, "VideoReader"), (video, "_index")):
+    for owner, name in (*([(decord, "VideoReader")] if decord else []), (video, "_index")):
         read = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *a, read=read, **how: indexed.append(a) or read(*a, **how))
     with OpenVideo(path) as opened:
@@ -110,6 +127,7 @@ def test_an_open_video_is_read_on_and_back_and_its_index_once(data_dir, monkeypa
         np.testing.assert_array_equal(frames, part)
 
 
+@needs_decord
 def test_an_open_video_goes_on_with_pyav_from_where_decord_fails(numbered, monkeypatch):
     opened, reader = [], decord.VideoReader
     monkeypatch.setattr(decord, "VideoReader", lambda *a, **how: opened.append(a) or reader(*a, **how))
@@ -183,8 +201,9 @@ def test_a_truncated_video_gives_the_frames_before_the_fault(tmp_path, data_dir)
         DataError, match=r"truncated.mp4: frames 280..290 cannot be decoded, the last good one is 1\d\d"
     ):
         read_frames(path, [20, 280, 290], 32, 32)
-    with pytest.raises((decord.DECORDError, RuntimeError)):
-        read_frames(path, [20, 280, 290], 32, 32, reader="decord")
+    if decord:
+        with pytest.raises((decord.DECORDError, RuntimeError)):
+            read_frames(path, [20, 280, 290], 32, 32, reader="decord")
 
 
 def test_a_few_missing_frames_at_the_end_repeat_the_last_good_one(tmp_path):
@@ -202,10 +221,32 @@ def test_a_few_missing_frames_at_the_end_repeat_the_last_good_one(tmp_path):
     )  # the last good, not the last read
 
 
+@needs_decord
 def test_widths_that_decord_cannot_hand_over_are_read_all_the_same(numbered):
     with pytest.raises(decord.DECORDError):
         read_frames(numbered, [1, 9], 16, 16, reader="decord")
     assert frame_numbers(read_frames(numbered, [1, 9], 16, 16)) == [1, 9]
+
+
+def test_without_decord_pyav_reads_all(numbered):
+    code = f"""
+import sys
+sys.modules["decord"] = None  # as where it is not installed
+from re2tal_jax.data.video import read_frames
+from re2tal_jax.errors import ConfigError
+from tests.video_files import frame_numbers
+print(frame_numbers(read_frames({str(numbered)!r}, [0, 16, 40], 32, 32)))
+try:
+    read_frames({str(numbered)!r}, [0], 32, 32, reader="decord")
+except ConfigError as error:
+    print(error)
+"""
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    numbers, error = done.stdout.splitlines()
+    assert numbers == "[0, 16, 40]"
+    assert error.startswith("reader = 'decord', but decord is not installed")
 
 
 @pytest.mark.parametrize("indices", [[48], [-1, 3], []])

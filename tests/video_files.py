@@ -7,6 +7,14 @@ from pathlib import Path
 
 import av
 import numpy as np
+import pytest
+
+from re2tal_jax.data import video
+
+needs_decord = pytest.mark.skipif(
+    video.decord is None, reason="no decord: there are wheels of it for x86-64 Linux and Windows alone"
+)
+READERS = (pytest.param("decord", marks=needs_decord), "pyav")
 
 
 def write_video(

@@ -4,6 +4,7 @@ Decoding is grain's: threads in this process, or worker processes that hand arra
 ours (see `elements`): the state of a run is the number of batches it has had, and holds for any number of workers.
 """
 
+import gc
 import logging
 import multiprocessing
 import os
@@ -118,6 +119,8 @@ class Loader:
             self._batches = 0
         finally:
             elements.close()
+            if self._workers:
+                gc.collect()  # the last element's shared memory, which the end of grain's stream holds in a cycle
 
     def grid(self, window: int) -> SnippetGrid:
         """Return the line of snippets of a window of the evaluation, which turns its detections into seconds."""

@@ -1,24 +1,25 @@
 """Video files, or what stands for one, to uint8 frames: decord seeks those far apart, PyAV decodes all others.
 
-Frames are resized while they are decoded, both readers by the same bilinear filter, so that their pixels are equal.
+Frames are resized while they are decoded, both readers by the same bilinear filter, so that their pixels are equal;
+where decord has no wheel, PyAV reads everything.
 A function opens the file for its call; an `OpenVideo` keeps it open, for one thread of the process that opened it: a
 decord reader that is shared between threads or inherited by a forked process ends the process. What cannot be read is a
 `DataError` that names the file; callers add the video id.
 """
 
+import importlib
 import io
 import itertools
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import av
 import av.filter
-import decord
 import numpy as np
 from av.container import InputContainer
 from av.error import FFmpegError
@@ -27,7 +28,10 @@ from jaxtyping import Float, Int, UInt8
 
 from re2tal_jax.errors import ConfigError, DataError
 
-decord.logging.set_level(decord.logging.QUIET)  # its lines would go to stderr beside our own errors
+decord: Any = None
+with suppress(ImportError):  # there are wheels for x86-64 Linux and Windows alone
+    decord = importlib.import_module("decord")
+    decord.logging.set_level(decord.logging.QUIET)  # its lines would go to stderr beside our own errors
 
 Crop = Literal["squeeze", "center"]
 Reader = Literal["auto", "decord", "pyav"]
@@ -163,7 +167,7 @@ class OpenVideo:
         self._video = _fetched(path)
         self.info = info or known or probe(self._video)
         self._opened = ExitStack()
-        self._decord: tuple[tuple[int, int], decord.VideoReader] | None = None
+        self._decord: tuple[tuple[int, int], Any] | None = None
         self._in_order: _InOrder | None = None
         self._decord_fails = False
 
@@ -200,9 +204,10 @@ class OpenVideo:
         Args:
             frame_indices, height, width, crop: see above.
             reader: `auto` is decord, which seeks quickly, for frames far apart, and PyAV, which decodes on, for those
-                close together and where decord fails; the other two are for tests and benchmarks.
+                close together and where decord fails or is not installed; the other two are for tests and benchmarks.
 
         Raises:
+            ConfigError: an unknown crop, or decord by name where it is not installed.
             DataError: a frame number outside the video; frames that cannot be decoded.
         """
         if crop not in ("squeeze", "center"):
@@ -227,8 +232,13 @@ class OpenVideo:
         self._opened.close()
 
     def _read(self, unique: Int[np.ndarray, " F"], size: tuple[int, int], reader: Reader) -> np.ndarray:
+        if reader == "decord" and decord is None:
+            raise ConfigError(
+                "reader = 'decord', but decord is not installed (it has wheels for x86-64 Linux and Windows alone). "
+                "Choose 'auto' or 'pyav', which give the same pixels."
+            )
         sparse = len(unique) > 1 and unique[-1] - unique[0] >= SPARSE * (len(unique) - 1)
-        if reader == "decord" or (reader == "auto" and sparse and not self._decord_fails):
+        if reader == "decord" or (reader == "auto" and sparse and decord is not None and not self._decord_fails):
             try:
                 return self._read_decord(unique, size)
             except (

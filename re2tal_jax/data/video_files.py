@@ -92,6 +92,8 @@ def _files(name: str) -> list[Path]:
         return [path]
     elif glob.has_magic(name):
         matches = [Path(match) for match in sorted(glob.glob(name, recursive=True))]
+        if not matches:
+            raise DataError(f"--videos {name!r}: no file or folder matches this pattern.")
         found = [file for match in matches for file in (_below(match) if match.is_dir() else [match])]
         found = [file for file in found if file.suffix.lower() in VIDEO_SUFFIXES]
     else:

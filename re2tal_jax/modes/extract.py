@@ -101,7 +101,8 @@ def extract(
     initialise_distributed(settings.distributed)
     mesh = own_mesh(settings.mesh)
     rows = settings.eval.batch_size // jax.process_count()
-    check_batch_size(rows, mesh)
+    shared = "" if jax.process_count() == 1 else f" / {jax.process_count()} processes"
+    check_batch_size(rows, mesh, key=f"config.eval.batch_size{shared}")
     blueprint = draw_blueprint(settings, mesh)
     backbone = find_backbone(settings, blueprint, workdir, checkpoint)
     subsets = dict.fromkeys([*_names(settings.train.subset), *_names(settings.eval.subset)])

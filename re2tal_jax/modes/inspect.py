@@ -75,6 +75,9 @@ def inspect(
     parts.append(f"memory of a training step, compiled for {target}:")
     log.info("%s", parts[-1])
     for rewired in (True, False) if plain else (True,):
+        if target != LOCAL:
+            kind = "reversible" if rewired else "plain"
+            log.info("compiling the %s step for %s: this takes some minutes", kind, target)
         parts.append(memory_rows(settings, mesh, blueprint, memory, rewired=rewired))
         log.info("%s", parts[-1])
     return "\n".join(parts)
@@ -183,6 +186,7 @@ def fit_report(name: str, settings: Settings, mesh: Mesh, memory: int | None) ->
         changed = varied.apply(n)
         blueprint = draw_blueprint(changed, mesh)
         check_shapes(changed, blueprint)
+        log.info("  %s: compiling the step", varied.describe(n))
         step = step_plan(changed, mesh, blueprint)
         if step.needed is None:
             raise ConfigError("--fit needs a compiler that tells its memory; this backend does not: give --target.")

@@ -121,13 +121,16 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def check_batch_size(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
-    """Raise ConfigError unless a global batch splits evenly over micro-batches and devices."""
+def check_batch_size(batch_size: int, mesh: Mesh, accumulate: int = 1, *, key: str) -> None:
+    """Raise ConfigError, which calls the batch `key`, unless it splits evenly over micro-batches and devices."""
     parts = mesh.size * accumulate
     if batch_size < 1 or batch_size % parts:
+        on_cpu = mesh.devices.flat[0].platform == "cpu"
+        micro = "" if accumulate == 1 else f" x {accumulate} micro-batches (config.optimizer.accumulate)"
         raise ConfigError(
-            f"batch size {batch_size} does not split evenly over {mesh.size} devices x {accumulate} micro-batches: "
-            f"choose a multiple of {parts}, for example {max(1, round(batch_size / parts)) * parts}."
+            f"{key} = {batch_size} does not split evenly over {mesh.size} devices "
+            f"(config.mesh{'.cpu_devices' if on_cpu else ''}){micro}: choose a multiple of {parts}, for example "
+            f"{max(1, round(batch_size / parts)) * parts}."
         )
 
 
