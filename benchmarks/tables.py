@@ -60,7 +60,7 @@ SHOWN = (
         ("lower quartile of rounds", "median of rounds", "upper quartile of rounds", "peak memory"),
         "/ OpenTAD (plain|reversible)$",
     ),
-    Table("Other temporaries of a training step", ("step memory",), only="1,536|Re2Swin-B|TPU"),
+    Table("Other temporaries of a training step", ("step memory",), only="1,536|Re2Swin-B|TPU|batch 8"),
     Table("Besides", ("gradients", "reconstruction", "demo")),
 )
 

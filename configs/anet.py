@@ -3,11 +3,12 @@
     .venv/bin/python -m re2tal_jax.main --config configs/anet.py --config.data.annotations=… --config.data.videos=…
 
 Whole videos as 768 frames at 224 x 224, one class and an external classifier, 15 epochs. docs/data.md says where each
-file goes. Hardware of the published run: 4 GPUs, batch 8 (--config.mesh.data=4). Published average mAP with the CUHK
-classifier: 36.47 (tIoU .5/.75/.95: 55.08/37.05/8.29), from a backbone fine-tuned on Kinetics-400 after rewiring: name
-yours as --config.backbone.checkpoint, without one frozen norms and a rate of 1e-5 leave it random. There, videos that
-cannot be had do not count (--config.evaluation.blocked); here they count as missed until you list them. Memory per
-device: --mode inspect. Hours and mAP of this implementation on the real videos: not measured yet.
+file goes. Hardware of the published run: 4 GPUs, batch 8 (--config.mesh.data=4). Here a step of batch 8 plans 18.9 GB
+on one device, compiled for an H100: one GPU of 24 GB should hold it (--mode inspect tells the memory of your values).
+Published average mAP with the CUHK classifier: 36.47 (tIoU .5/.75/.95: 55.08/37.05/8.29), from a backbone fine-tuned on
+Kinetics-400 after rewiring: name yours as --config.backbone.checkpoint, without one frozen norms and a rate of 1e-5
+leave it random. There, videos that cannot be had do not count (--config.evaluation.blocked); here they count as missed
+until you list them. Hours and mAP of this implementation on the real videos: not measured yet.
 """
 
 from ml_collections import ConfigDict

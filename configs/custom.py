@@ -6,7 +6,7 @@
 For videos of any length with actions of about a second to a minute. Windows of 384 snippets, two frames each, every
 fourth frame of the video, at 224 x 224: 102 s at 30 fps. Put the videos into data/custom/videos, the annotation beside
 them, and a converted Video Swin-T (docs/conversion.md) into data/custom/swin_tiny: without one, frozen norms and a low
-rate leave the backbone random. Set num_classes to what data.check counts. A step plans 10.0 GB, compiled for an H100:
+rate leave the backbone random. Set num_classes to what data.check counts. A step plans 9.8 GB, compiled for an H100:
 one GPU of 24 GB should hold it (--mode inspect tells the memory of your values). Rates and epochs are a start, between
 the two published recipes and measured on no data set: with few videos raise the epochs rather than the rates.
 """
