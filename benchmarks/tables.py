@@ -57,7 +57,7 @@ SHOWN = (
     Table(
         "The same in quotients",
         ("against PyTorch",),
-        ("lower quartile of rounds", "median of rounds", "upper quartile of rounds", "peak memory"),
+        ("fastest step", "median of rounds", "peak memory"),
         "/ OpenTAD (plain|reversible)$",
     ),
     Table("Other temporaries of a training step", ("step memory",), only="1,536|Re2Swin-B|TPU|batch 8"),

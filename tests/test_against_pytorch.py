@@ -26,7 +26,7 @@ from benchmarks.against_pytorch import (
 )
 from benchmarks.conductor import Contestant, Measured, WorkerError, started, take_turns
 from benchmarks.opentad_worker import BACKBONE
-from benchmarks.rows import append_rows
+from benchmarks.rows import ROOT, append_rows, commit
 from checkpoints_convert.networks import Network
 from checkpoints_convert.rules import fill
 from re2tal_jax.backbones import build_backbone
@@ -216,7 +216,8 @@ def test_figures_of_every_contestant_and_the_ratios_that_matter(tmp_path):
     path = tmp_path / "results.csv"
     append_rows(path, rows("here", contestants, measured), packages=("numpy",), others={"torch": "2.13.0"})
     text = path.read_text()
-    assert f'numpy {np.__version__}, torch 2.13.0",against PyTorch,"here: theirs, fastest step",4,s\n' in text
+    versions = f"numpy {np.__version__}, torch 2.13.0, re2tal_jax {commit(ROOT)}"
+    assert f'{versions}",against PyTorch,"here: theirs, fastest step",4,s\n' in text
     assert '"here: mine / theirs, peak memory",0.5,\n' in text
 
 

@@ -120,9 +120,19 @@ def test_a_gpu_holds_logits_once_in_float32_and_weights_in_bfloat16(with_regions
     head = array((windows, heads, tokens, channels), jnp.bfloat16)
     bias, regions = array((heads, tokens, tokens), jnp.float32), array((windows, tokens), jnp.float32)
     lowered = jax.jit(gradients).lower(head, head, head, bias, regions, head)
+    assert "optimization_barrier" in lowered.as_text()
     stats = lowered.compile(compile_options(device)).memory_analysis()
     logits = 4 * windows * heads * tokens**2
     assert 1.5 * logits < stats.temp_size_in_bytes < 1.75 * logits  # and cuBLAS's own workspace
+
+
+def test_nothing_is_kept_apart_on_a_cpu():
+    q, k, v = inputs(jnp.bfloat16)[0]
+    text = jax.jit(attend).lower(q, k, v).as_text()
+    assert "optimization_barrier" not in text
+    assert "stablehlo.case" not in text
+    both = jax.vmap(attend)(q, k, v)
+    np.testing.assert_array_equal(both, attend(q, k, v))
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
 from jaxtyping import Array, Float, Shaped
 
 from re2tal_jax.exact import at_least_float32
@@ -116,7 +118,17 @@ def _apart(x: Float[Array, "*B Q N"]) -> Float[Array, "*B Q N"]:
     It else has a product add to the bias, written out for every window before, and keeps weights in float32 for the
     derivative, as they were before they were rounded: half as much memory again, and a third more traffic.
     """
-    return jax.lax.platform_dependent(x, cuda=jax.lax.optimization_barrier, default=lambda x: x)
+    return _apart_p.bind(x)
+
+
+# Not `lax.platform_dependent`: elsewhere that leaves a conditional of one branch, across which CPUs skip roundings in
+# one pass and not in the other, and a state is not undone exactly.
+_apart_p = Primitive("apart")
+_apart_p.def_impl(lambda x: x)
+_apart_p.def_abstract_eval(lambda x: x)
+batching.defvectorized(_apart_p)
+mlir.register_lowering(_apart_p, lambda _, x: [x])
+mlir.register_lowering(_apart_p, mlir.lower_fun(jax.lax.optimization_barrier, multiple_results=False), platform="cuda")
 
 
 def _scaled(q: Float[Array, "*B d"]) -> Float[Array, "*B d"]:
