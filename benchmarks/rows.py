@@ -41,5 +41,8 @@ def append_rows(
 
 def commit(checkout: Path) -> str:
     """Return the short name of a checkout's commit, or words that say it is not known."""
-    done = subprocess.run(["git", "-C", str(checkout), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else "of unknown version"
+    command = ["git", "-C", str(checkout), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git, or no checkout: what was measured is kept all the same
+        return "of unknown version"

@@ -221,6 +221,12 @@ def test_figures_of_every_contestant_and_the_ratios_that_matter(tmp_path):
     assert '"here: mine / theirs, peak memory",0.5,\n' in text
 
 
+def test_figures_are_kept_without_git_and_outside_a_checkout(tmp_path, monkeypatch):
+    assert commit(tmp_path) == "of unknown version"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert commit(ROOT) == "of unknown version"
+
+
 def test_a_missing_package_is_named_with_what_to_do(make, tmp_path, monkeypatch):
     command = (*make("", ours=False).command, "absent")
     monkeypatch.setenv("PYTHONPATH", str(conductor.ROOT))
