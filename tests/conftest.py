@@ -1,9 +1,11 @@
-"""Every test sees eight fake CPU devices, strict dtype promotion and warnings as errors."""
+"""Every test sees eight fake CPU devices, compiled for quickly, strict dtype promotion and warnings as errors."""
 
 import os
 from pathlib import Path
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+from tests import quick
+
+os.environ |= quick.environment(devices=8)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax

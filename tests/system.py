@@ -26,6 +26,7 @@ import pytest
 from re2tal_jax.main import main
 from re2tal_jax.modes import MODES
 from re2tal_jax.settings import read_settings
+from tests import quick
 from tests.video_files import write_video
 
 ROOT = Path(__file__).parent.parent
@@ -33,12 +34,6 @@ CLASSES = ("left", "right")
 FRAMES, FPS = 24, 10
 NUM_TRAIN, NUM_VALIDATION = 16, 4
 STEPS = 6
-QUICK = {
-    "jax_disable_most_optimizations": True,
-    "jax_persistent_cache_min_compile_time_secs": 0.5,
-    "jax_persistent_cache_min_entry_size_bytes": -1,
-}
-"""Compiling takes nearly all of the time of these runs: do it without optimisation, and once."""
 
 
 @dataclass(frozen=True)
@@ -193,10 +188,9 @@ _ABSENT_GPU = re.compile(r"^(WARNING: All log messages before absl::|I0000 .*cud
 
 def run_process(arguments: list[str], **environment: str) -> Done:
     """Run a command on one CPU device; only compiling is quick."""
-    quick = {name.upper(): str(value) for name, value in QUICK.items()}
-    keep = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+    quickly = os.environ | quick.environment(devices=1) | {"JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
-        arguments, capture_output=True, text=True, cwd=ROOT, env=keep | quick | environment, timeout=600, check=False
+        arguments, capture_output=True, text=True, cwd=ROOT, env=quickly | environment, timeout=600, check=False
     )
     return Done(done.returncode, done.stdout, _ABSENT_GPU.sub("", done.stderr))
 

@@ -12,7 +12,6 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from re2tal_jax.main import main
 from tests.system import (
-    QUICK,
     STEPS,
     Done,
     changed,
@@ -67,21 +66,14 @@ def config(tiny_data):
 
 
 @pytest.fixture(scope="module")
-def quick_compilation(compiled) -> Iterator[None]:
-    """Compile quickly, and each program once, in this process."""
-    wanted = QUICK | {"jax_compilation_cache_dir": str(compiled)}
-    before = {name: _setting(name) for name in wanted}
-    for name, value in wanted.items():
-        jax.config.update(name, value)
+def compiled_once(compiled) -> Iterator[None]:
+    """Compile each program once in this session, whichever process asks for it."""
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(compiled))
     compilation_cache.reset_cache()
     yield
-    for name, value in before.items():
-        jax.config.update(name, value)
+    jax.config.update("jax_compilation_cache_dir", before)
     compilation_cache.reset_cache()
-
-
-def _setting(name: str) -> Any:
-    return getattr(jax.config, name) if hasattr(jax.config, name) else jax.config.read(name)
 
 
 @pytest.fixture

@@ -32,6 +32,7 @@ from checkpoints_convert.rules import fill
 from re2tal_jax.backbones import build_backbone
 from re2tal_jax.errors import ConfigError
 from re2tal_jax.reversible import REWIRED, rewire
+from tests import quick
 
 STAND_IN = """
 import os, sys
@@ -282,8 +283,8 @@ def test_our_worker_computes_the_network_and_its_gradients(tmp_path):
     np.savez(tmp_path / "weights.npz", **params)
     np.save(tmp_path / "clip.npy", clip)
     command = (sys.executable, "-m", "benchmarks.our_worker")
-    quick = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}  # of one device, soon compiled
-    contestant = Contestant("mine", ours=True, rewired=True, command=command, environment=quick)
+    environment = {"JAX_PLATFORMS": "cpu", **quick.environment(devices=1)}
+    contestant = Contestant("mine", ours=True, rewired=True, command=command, environment=environment)
     files = {"weights": str(tmp_path / "weights.npz"), "video": str(tmp_path / "clip.npy")}
     with started(contestant, tmp_path) as worker:
         network_arguments = {"name": "video_swin_tiny", **TINY}

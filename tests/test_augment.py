@@ -59,7 +59,8 @@ def test_without_strength_and_at_equal_size_nothing_changes():
 
 def test_evaluation_ignores_every_strength():
     video = clips()
-    np.testing.assert_array_equal(run(video, sizes(8), FULL, None), run(video, sizes(8), PLAIN, jax.random.key(0)))
+    plain = run(video, sizes(8), PLAIN, jax.random.key(0))
+    np.testing.assert_allclose(run(video, sizes(8), FULL, None), plain, rtol=1e-5)  # another program, other roundings
     assert evaluation(FULL) == replace(PLAIN, rotation_probability=0.5)
 
 

@@ -12,7 +12,7 @@ from tests.system import changed, run_mode, write_config
 from tests.video_files import write_audio
 
 pytest_plugins = "tests.system_fixtures"
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 def damage(videos: Path, subset: str) -> dict[str, str]:

@@ -24,7 +24,7 @@ from tests.system import FPS, FRAMES, NUM_TRAIN, NUM_VALIDATION, changed, once
 from tests.test_features import feature_config
 
 pytest_plugins = "tests.system_fixtures"
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 T = 8  # snippets of the tiny config
 ALL = NUM_TRAIN + NUM_VALIDATION
@@ -50,7 +50,7 @@ def config(config):
 
 
 @pytest.fixture(scope="module")
-def extracted(tmp_path_factory, config, quick_compilation):
+def extracted(tmp_path_factory, config, compiled_once):
     """Folder of the features of all tiny videos, from a random backbone; not to be changed."""
     return once(tmp_path_factory, "extracted", lambda folder: run(config, folder)) / "features"
 

@@ -129,7 +129,7 @@ def test_a_search_ends_at_the_most_there_are(limit, largest, programs):
     assert compiled <= programs
 
 
-@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.usefixtures("compiled_once")
 def test_inspect_finds_the_batch_that_fits_and_shows_what_it_compiled(tmp_path, config, monkeypatch, caplog):
     """On a device that holds the program of two videos, and half of what a third adds."""
     config = changed(config, mesh__data=1, mesh__fsdp=1, train__batch_size=1)

@@ -122,7 +122,7 @@ def test_ten_steps_then_kill_then_the_same_command_equal_twenty_steps(
     assert "warn" not in resumed.out.lower()
 
 
-@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.usefixtures("compiled_once")
 def test_a_stopped_run_names_the_step_of_its_table_and_calls_none_better_than_what_it_did_not_evaluate(
     tmp_path, config, monkeypatch, caplog
 ):

@@ -25,7 +25,7 @@ from tests.system import ROOT, STEPS, changed, once
 from tests.training_stand_in import Hooked, read_jsonl
 
 pytest_plugins = "tests.system_fixtures"
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 def run_mode(mode, config, workdir):
@@ -33,7 +33,7 @@ def run_mode(mode, config, workdir):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, config, quick_compilation):
+def trained(tmp_path_factory, config, compiled_once):
     """Workdir of the six steps; not to be changed."""
     return once(tmp_path_factory, "trained", lambda folder: run_mode("train", config, folder))
 

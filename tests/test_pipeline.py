@@ -2,7 +2,7 @@ import gc
 import json
 import logging
 import shutil
-import time
+import threading
 from dataclasses import replace
 
 import jax
@@ -280,18 +280,16 @@ def test_the_index_of_a_video_of_many_windows_is_read_once(folder, monkeypatch):
 def test_no_video_stays_open_behind_an_evaluation_or_a_training_step(folder, tmp_path):
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)  # threads of other tests may still read from the folder
 
-    def opened():
-        return [file.path for file in psutil.Process().open_files() if file.path.startswith(f"{tmp_path}/")]
-
+    before = set(threading.enumerate())
     list(loader(dataset(tmp_path), WINDOWS, train=False))
     batches = iter(loader(dataset(tmp_path)))
     next(batches)
     batches.close()
-    deadline = time.monotonic() + 10
-    while opened() and time.monotonic() < deadline:  # threads end when they have read what they were at
-        gc.collect()  # what a reference cycle holds may go then only
-        time.sleep(0.01)
-    assert opened() == []
+    for thread in set(threading.enumerate()) - before:
+        thread.join(60)  # it ends when it has read what it was at
+    gc.collect()  # what a reference cycle holds may go then only
+    files = [file.path for file in psutil.Process().open_files()]
+    assert [file for file in files if file.startswith(f"{tmp_path}/")] == []
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"batch_size": 3}])

@@ -37,7 +37,7 @@ from tests.system import CLASSES, NUM_TRAIN, NUM_VALIDATION, changed, once, run_
 from tests.video_files import numbered_frames, write_video
 
 pytest_plugins = "tests.system_fixtures"
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 IDS = [f"validation_{number}" for number in range(NUM_TRAIN, NUM_TRAIN + NUM_VALIDATION)]
 SLIDING = {"name": "sliding_window", "snippet_stride": 2, "overlap": 0.5}
@@ -57,13 +57,13 @@ def save_run(folder: Path, config, scale: float = 1.0) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, config, quick_compilation) -> Path:
+def trained(tmp_path_factory, config, compiled_once) -> Path:
     """Workdir of a run of 0 steps; not to be changed."""
     return once(tmp_path_factory, "untrained", lambda folder: save_run(folder, config))
 
 
 @pytest.fixture(scope="module")
-def evaluated(tmp_path_factory, trained, config, quick_compilation) -> dict:
+def evaluated(tmp_path_factory, trained, config, compiled_once) -> dict:
     """The detections of `--mode eval`."""
     folder = shutil.copytree(trained, tmp_path_factory.mktemp("evaluated") / "run")
     run_mode("eval", config, folder)
@@ -287,7 +287,7 @@ def test_files_are_named_one_by_one_by_folder_or_by_pattern(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def sliding(tmp_path_factory, config, quick_compilation):
+def sliding(tmp_path_factory, config, compiled_once):
     """A run whose windows slide: 8 snippets of 2 frames, and its config."""
     config = changed(config, eval__policy=SLIDING, postprocess__suppress_in="video", data__fps=10.0)
     return save_run(tmp_path_factory.mktemp("sliding") / "run", config), config

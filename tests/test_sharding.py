@@ -22,6 +22,7 @@ from re2tal_jax.training.sharding import (
     parameter_shardings,
     put_batch,
 )
+from tests import quick
 from tests.training_stand_in import Loader, losses_of, make_parts, make_spec
 
 
@@ -120,7 +121,7 @@ def test_two_processes_train_as_one(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    environment = os.environ | quick.environment(devices=2)
     command = [sys.executable, "-c", textwrap.dedent(script), str(port)]
     processes = [
         subprocess.Popen(
