@@ -1,10 +1,9 @@
-"""benchmarks.against_pytorch with stand-ins for the workers: protocol, comparison, turns, and what users are told."""
+"""benchmarks.against_pytorch with stand-ins for the workers: comparison, figures, and what users are told."""
 
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -24,7 +23,7 @@ from benchmarks.against_pytorch import (
     table,
     their_names,
 )
-from benchmarks.conductor import Contestant, Measured, WorkerError, started, take_turns
+from benchmarks.conductor import Contestant, Measured, started
 from benchmarks.opentad_worker import BACKBONE
 from benchmarks.rows import ROOT, append_rows, commit
 from checkpoints_convert.networks import Network
@@ -34,86 +33,11 @@ from re2tal_jax.errors import ConfigError
 from re2tal_jax.reversible import REWIRED, rewire
 from tests import quick
 
-STAND_IN = """
-import os, sys
-from benchmarks.worker import host_memory, serve
-
-state = {}
-
-def hello():
-    print("a library greets")  # must not be taken for an answer
-    if "absent" in sys.argv:
-        import a_package_that_is_not_there.part
-    return {"versions": {"torch": "1"}, "gpu": None}
-
-def build(**arguments):
-    state.update(arguments)
-    return host_memory()
-
-def check(frames, out):
-    import numpy as np
-    value = state["value"]
-    np.savez(out, **{"features": np.full(frames, 2.0), "gradient a": np.array([1.0, value]), **state.get("more", {})})
-    return {}
-
-def step():
-    state["steps"] = state.get("steps", 0) + 1
-    if state.get("fails") == state["steps"]:
-        raise MemoryError("no room")
-    if state.get("dies") == state["steps"]:
-        print("some last words", file=sys.stderr, flush=True)
-        os._exit(3)
-    with open(state["log"], "a") as log:
-        log.write(state["name"] + " ")
-    return {"seconds": state["steps"] * 1.5, "from_cache": 1}
-
-serve({f.__name__: f for f in (hello, build, check, step)} | {"memory": lambda: {**host_memory(), "device_peak": 7}})
-"""
-
-
-@pytest.fixture(autouse=True)
-def _no_pause(monkeypatch):
-    monkeypatch.setattr(conductor, "PAUSE", 0.0)
-
-
-@pytest.fixture
-def make(tmp_path):
-    """What makes a contestant whose worker is a stand-in."""
-    script = tmp_path / "stand_in.py"
-    script.write_text(STAND_IN)
-    environment = {"PYTHONPATH": str(conductor.ROOT)}
-
-    def make(title: str, *, ours: bool, rewired: bool = True, value: float = 1.0, **build: Any) -> Contestant:
-        build = {"value": value, "name": title, "log": str(tmp_path / "order"), **build}
-        return Contestant(title, ours, rewired, (sys.executable, str(script)), build, environment)
-
-    return make
+pytest_plugins = "tests.worker_stand_in"
 
 
 def same_names(contestant: Contestant, arrays: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
     return arrays
-
-
-def test_commands_are_answered_and_what_libraries_print_is_no_answer(make, tmp_path):
-    with started(make("one", ours=True), tmp_path) as worker:
-        assert worker.ask("hello")["versions"] == {"torch": "1"}
-        held = worker.ask("build", log="unused")
-        assert 2**20 < held["rss"] <= held["peak"]
-
-
-def test_an_error_of_a_worker_is_told_and_it_lives_on(make, tmp_path):
-    with started(make("one", ours=True), tmp_path) as worker:
-        worker.ask("build", fails=1, name="one", log=str(tmp_path / "order"))
-        with pytest.raises(WorkerError, match="one: step failed with MemoryError: no room"):
-            worker.ask("step")
-        assert worker.ask("step")["seconds"] == 3.0
-
-
-def test_a_dead_worker_is_told_with_its_last_words(make, tmp_path):
-    with started(make("one", ours=True), tmp_path) as worker:
-        worker.ask("build", dies=1)
-        with pytest.raises(WorkerError, match=r"exit code 3 at the command step.\s+some last words"):
-            worker.ask("step")
 
 
 def test_outputs_that_agree_are_told(make, tmp_path, capsys):
@@ -157,35 +81,6 @@ def test_a_contestant_that_cannot_run_is_left_out_and_none_left_is_an_error(make
     assert "left out   broken: step failed with MemoryError: no room" in capsys.readouterr().out
     with pytest.raises(BenchmarkError, match="None of ours could be run"):
         compare_outputs([theirs, broken], 4, tmp_path, same_names)
-
-
-def test_turns_rotate_and_the_first_step_does_not_count(make, tmp_path):
-    found = take_turns([make(name, ours=False) for name in "abc"], 2, tmp_path)
-    assert (tmp_path / "order").read_text().split() == [*"abc", *"abc", *"bca"]
-    assert [found[name].seconds for name in "abc"] == [[3.0, 4.5]] * 3
-    assert found["a"].peak >= found["a"].start > 2**20
-    assert found["a"].memory == found["a"].device_peak == 7
-
-
-def test_a_contestant_that_fails_in_a_round_costs_nothing_of_the_others(make, tmp_path, capsys):
-    found = take_turns([make("a", ours=False, dies=2), make("b", ours=True)], 2, tmp_path)
-    assert list(found) == ["b"]
-    assert found["b"].seconds == [3.0, 4.5]
-    assert "left out   a: the process ended with exit code 3" in capsys.readouterr().out
-
-
-def test_ctrl_c_ends_the_rounds_and_keeps_what_was_measured(make, tmp_path, monkeypatch, capsys):
-    naps = iter([0.0, 0.0])
-
-    def sleep(seconds: float) -> None:
-        del seconds
-        if next(naps, None) is None:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(conductor, "time", SimpleNamespace(sleep=sleep))
-    found = take_turns([make("a", ours=False), make("b", ours=True)], 9, tmp_path)
-    assert {title: m.seconds for title, m in found.items()} == {"a": [3.0], "b": [3.0]}
-    assert "interrupted after 1 complete rounds" in capsys.readouterr().out
 
 
 def test_figures_of_every_contestant_and_the_ratios_that_matter(tmp_path):
