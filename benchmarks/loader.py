@@ -13,11 +13,12 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.rows import Row, append_rows
+from re2tal_jax.data.container import probe
 from re2tal_jax.data.elements import LoaderConfig
 from re2tal_jax.data.pipeline import Loader
 from re2tal_jax.data.sampling import Resize
 from re2tal_jax.data.synthetic import synthetic
-from re2tal_jax.data.video import Reader, probe, read_frames
+from re2tal_jax.data.video import Reader, read_frames
 
 VIDEOS, REPEATS, BATCHES = 24, 3, 12
 POLICY = Resize(num_snippets=48, frames_per_snippet=2)

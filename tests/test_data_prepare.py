@@ -13,12 +13,13 @@ import av
 import numpy as np
 import pytest
 
+from re2tal_jax.data.container import frame_times, probe, seconds_to_frames
 from re2tal_jax.data.prepare import jobs as command
 from re2tal_jax.data.prepare.__main__ import main
 from re2tal_jax.data.prepare.encode import Encoding, encode_video, output_size
 from re2tal_jax.data.prepare.jobs import Job, plan
 from re2tal_jax.data.prepare.record import SOURCES, Record
-from re2tal_jax.data.video import frame_times, probe, read_frames, seconds_to_frames
+from re2tal_jax.data.video import read_frames
 from re2tal_jax.errors import ConfigError, DataError
 from tests.video_files import frame_numbers, numbered_frames, rotate, write_audio, write_video
 

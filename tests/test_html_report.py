@@ -13,7 +13,7 @@ import av
 import numpy as np
 import pytest
 
-from re2tal_jax.data.video import probe
+from re2tal_jax.data.container import probe
 from re2tal_jax.errors import DataError
 from re2tal_jax.inference import html_report
 from re2tal_jax.inference.html_report import write_html_report

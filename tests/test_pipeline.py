@@ -11,7 +11,7 @@ import psutil
 import pytest
 from grain.multiprocessing import SharedMemoryArray
 
-from re2tal_jax.data import video
+from re2tal_jax.data import decoding
 from re2tal_jax.data.dataset import Dataset
 from re2tal_jax.data.elements import LoaderConfig
 from re2tal_jax.data.findings import Findings
@@ -269,8 +269,8 @@ def test_windows_are_counted_from_the_files_where_the_annotation_is_silent(folde
 
 
 def test_the_index_of_a_video_of_many_windows_is_read_once(folder, monkeypatch):
-    read, index = [], video._index
-    monkeypatch.setattr(video, "_index", lambda path: read.append(path) or index(path))
+    read, index = [], decoding.read_index
+    monkeypatch.setattr(decoding, "read_index", lambda path: read.append(path) or index(path))
     source = loader(dataset(folder), WINDOWS, train=False)
     list(source)
     assert len(source.windows) > 2 * COUNT

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
+from re2tal_jax.data.container import probe
 from re2tal_jax.data.scenes import CLASSES, FLIP, LENGTHS, REVERSE, Actor, draw_scene, paint, render, states
 from re2tal_jax.data.synthetic import render_dataset, synthetic
-from re2tal_jax.data.video import probe
 from re2tal_jax.errors import ConfigError, DataError
 
 SEED = 5

@@ -6,8 +6,9 @@ import av
 import numpy as np
 import pytest
 
-from re2tal_jax.data import video
-from re2tal_jax.data.video import OpenVideo, frame_times, probe, read_frames, seconds_to_frames, source_size
+from re2tal_jax.data import decoding, video
+from re2tal_jax.data.container import frame_times, probe, seconds_to_frames
+from re2tal_jax.data.video import OpenVideo, read_frames, source_size
 from re2tal_jax.errors import ConfigError, DataError
 from tests.video_files import (
     READERS,
@@ -94,8 +95,10 @@ def test_each_different_frame_is_decoded_once(numbered, monkeypatch):
     monkeypatch.setattr(decord.VideoReader, "get_batch", lambda self, these: asked.append(these) or read(self, these))
     read_frames(numbered, [7, 7, 3, 7, 3], 32, 32, reader="decord")
     assert [these.tolist() for these in asked] == [[3, 7]]
-    converted, convert = [], video._Converter.__call__
-    monkeypatch.setattr(video._Converter, "__call__", lambda self, frame: converted.append(1) or convert(self, frame))
+    converted, convert = [], decoding._Converter.__call__
+    monkeypatch.setattr(
+        decoding._Converter, "__call__", lambda self, frame: converted.append(1) or convert(self, frame)
+    )
     read_frames(numbered, [7, 7, 3, 7, 3], 32, 32, reader="pyav")
     assert len(converted) == 2
 
@@ -112,7 +115,7 @@ def test_frames_far_apart_are_sought_and_others_decoded_on(numbered, monkeypatch
 @pytest.mark.parametrize("reader", READERS)
 def test_an_open_video_is_read_on_and_back_and_its_index_once(data_dir, monkeypatch, reader):
     path, indexed = data_dir / "videos" / "test.mp4", []
-    for owner, name in (*([(decord, "VideoReader")] if decord else []), (video, "_index")):
+    for owner, name in (*([(decord, "VideoReader")] if decord else []), (decoding, "read_index")):
         read = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *a, read=read, **how: indexed.append(a) or read(*a, **how))
     with OpenVideo(path) as opened:
@@ -214,7 +217,7 @@ def test_a_few_missing_frames_at_the_end_repeat_the_last_good_one(tmp_path):
     frames = read_frames(short, range(48), 16, 16)
     np.testing.assert_array_equal(frames[:40], read_frames(whole, range(40), 16, 16))
     repeats = int((frames[1:] == frames[:-1]).all(axis=(1, 2, 3)).sum())
-    assert 1 <= repeats <= video.TAIL_FRAMES
+    assert 1 <= repeats <= decoding.TAIL_FRAMES
     np.testing.assert_array_equal(frames[47 - repeats], read_frames(whole, [47 - repeats], 16, 16)[0])
     np.testing.assert_array_equal(
         read_frames(short, [0, 47], 16, 16), frames[[0, 47]]

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from re2tal_jax.data.container import probe
 from re2tal_jax.data.elements import WindowRef
 from re2tal_jax.data.manifest import (
     NAME,
@@ -24,7 +25,6 @@ from re2tal_jax.data.manifest import (
     write_manifest,
 )
 from re2tal_jax.data.sampling import Policy, SlidingWindow, StridedPolicy, frame_rate
-from re2tal_jax.data.video import probe
 from re2tal_jax.errors import CheckpointError, DataError
 from re2tal_jax.locks import claimed
 from re2tal_jax.types import VideoRecord

@@ -16,9 +16,10 @@ from jaxtyping import Float
 
 from re2tal_jax.data.check.annotations import Subset
 from re2tal_jax.data.check.problems import Problem, problem, share
+from re2tal_jax.data.container import VideoInfo, frame_times, open_video, probe
 from re2tal_jax.data.findings import counted
 from re2tal_jax.data.sampling import StridedPolicy
-from re2tal_jax.data.video import VideoInfo, frame_times, open_video, probe, read_frames
+from re2tal_jax.data.video import read_frames
 from re2tal_jax.data.video_folder import VideoFolder
 from re2tal_jax.progress import WorkProgress
 

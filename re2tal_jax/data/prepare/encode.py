@@ -19,7 +19,8 @@ from av.error import FFmpegError
 from av.video.frame import PictureType
 from av.video.stream import VideoStream
 
-from re2tal_jax.data.video import TRANSPOSE, open_video
+from re2tal_jax.data.container import open_video
+from re2tal_jax.data.decoding import TRANSPOSE
 from re2tal_jax.errors import ConfigError, DataError
 
 CRF = 23
