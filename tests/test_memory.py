@@ -39,9 +39,13 @@ def compiled_stage(device: jax.Device, depth: int, *, rewired: bool, frames: int
     video = jax.ShapeDtypeStruct((1, frames, 224, 224, 3), jnp.float32)
     key = jax.eval_shape(lambda: jax.random.key(0))
     arguments = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), (state, video, key))
-    # What is fused is what users' programs fuse; the code that follows is never run, and need not be optimised.
+    return jax.jit(jax.grad(loss)).lower(*arguments).compile(compiler_options(device))
+
+
+def compiler_options(device: jax.Device) -> dict[str, int | bool]:
+    """What is fused and where it lies is as in users' programs; code that is never run need not be optimised."""
     as_users_do = {"xla_cpu_use_fusion_emitters": True} if device.platform == "cpu" else compile_options(device)
-    return jax.jit(jax.grad(loss)).lower(*arguments).compile(as_users_do)
+    return {"xla_backend_optimization_level": 0} | as_users_do
 
 
 def temp_bytes(device: jax.Device, depth: int, *, rewired: bool, frames: int = 768) -> int:

@@ -370,6 +370,19 @@ def test_a_video_partly_unreadable_is_kept_and_tried_again(tmp_path):
         assert not finished.holds("a", tmp_path / "a.mp4")
 
 
+def test_a_prediction_without_a_finished_video_binds_no_later_one(tmp_path):
+    (tmp_path / "a.mp4").write_text("x")
+    nothing = re2tal_jax.types.Detections(segments_sec=np.zeros((0, 2)), labels=(), scores=np.zeros(0))
+    with FinishedVideos(tmp_path, {"batch": 8}):
+        pass
+    with FinishedVideos(tmp_path, {"batch": 4}) as finished:
+        finished.add("a", tmp_path / "a.mp4", Finished(1.5, 0, nothing))
+    with pytest.raises(CheckpointError, match="batch: 4 there, 8 now"):
+        FinishedVideos(tmp_path, {"batch": 8})
+    with FinishedVideos(tmp_path, {"batch": 4}) as finished:
+        assert finished.holds("a", tmp_path / "a.mp4")
+
+
 def test_a_video_whose_record_was_corrected_is_not_finished(tmp_path):
     (tmp_path / "a.mp4").write_text("x")
     nothing = re2tal_jax.types.Detections(segments_sec=np.zeros((0, 2)), labels=(), scores=np.zeros(0))

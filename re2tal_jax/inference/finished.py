@@ -129,8 +129,8 @@ class FinishedVideos:
         return place
 
     def _read(self, identity: Mapping[str, Any]) -> int:
-        """Note where every video's line is, and return the end of the last whole line."""
-        end = 0
+        """Note where every video's line is, and return the end of the last whole line; 0 where no video is finished."""
+        end, found = 0, {}
         with self.path.open("rb") as file:
             for number, text in enumerate(file, 1):
                 if not text.endswith(b"\n"):
@@ -138,22 +138,22 @@ class FinishedVideos:
                 try:
                     line = json.loads(text)
                     if number == 1:
-                        self._check(line["identity"], identity)
+                        found = dict(_flat(line["identity"]))
                     else:
                         kept = ("video", "size", "modified_ns", "record", "duration_sec", "unreadable")
                         self._places[line["video"]] = (end, {key: line[key] for key in kept})
                 except (ValueError, KeyError, TypeError) as error:
-                    if isinstance(error, CheckpointError):
-                        raise
                     raise DataError(
                         f"{self.path}: line {number} is damaged, or none of a prediction. Delete the file, or add "
                         "--overwrite, to start anew; or choose another folder with --out."
                     ) from error
                 end += len(text)
+        if not self._places:
+            return 0  # a prediction that failed at its first video binds nobody to its config
+        self._check(found, dict(_flat(identity)))
         return end
 
-    def _check(self, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-        before, now = dict(_flat(found)), dict(_flat(wanted))
+    def _check(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
         if keys:
             shown = "".join(f"\n  {key}: {before.get(key)!r} there, {now.get(key)!r} now" for key in keys[:_SHOWN])
