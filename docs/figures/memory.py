@@ -21,6 +21,9 @@ PANELS = {
 }
 """How the benchmarks of a panel begin, and the form of the settings that it shows."""
 
+SIZES = {"o": 6, "s": 6, "D": 10, "^": 6}
+"""Markers of the ways, hollow and of two sizes, as some lie upon others."""
+
 Lines = dict[str, dict[int, float]]
 
 
@@ -45,7 +48,7 @@ def describe() -> str:
 
 def draw() -> Figure:
     """Return both panels, in GiB; all axes are logarithmic."""
-    figure = Figure((10, 4), layout="constrained")
+    figure = Figure((10, 4.6), layout="constrained")
     figure.suptitle("224 x 224 pixels")
     frames, depth = figure.subplots(1, 2)
     _draw(frames, read_lines("step memory by"))
@@ -56,8 +59,9 @@ def draw() -> Figure:
 
 
 def _draw(axes: Axes, lines: Lines) -> None:
-    for way, points in lines.items():
-        axes.plot(list(points), [mebibytes / 1024 for mebibytes in points.values()], marker="o", label=way)
+    for (way, points), marker in zip(lines.items(), SIZES, strict=False):
+        gib = [mebibytes / 1024 for mebibytes in points.values()]
+        axes.plot(list(points), gib, marker=marker, markersize=SIZES[marker], fillstyle="none", label=way)
     ticks = sorted({x for points in lines.values() for x in points})
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
@@ -67,7 +71,7 @@ def _draw(axes: Axes, lines: Lines) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_ylabel("temporaries for an H100, GiB")
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2, frameon=False)
 
 
 if __name__ == "__main__":
