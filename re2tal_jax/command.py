@@ -59,7 +59,11 @@ def split_overrides(arguments: Sequence[str]) -> tuple[Overrides, list[str]]:
 
 def read_config(file: str | Path, overrides: Iterable[tuple[str, str]]) -> dict[str, Any]:
     """Return the config of a file with values set as the command line says; errors as in `config`."""
-    config = read_config_file(Path(file))
+    return set_values(read_config_file(Path(file)), overrides)
+
+
+def set_values(config: dict[str, Any], overrides: Iterable[tuple[str, str]]) -> dict[str, Any]:
+    """Return the config, in which values are set as the command line says; errors as `config.override`."""
     for key, text in overrides:
         override(config, key, text)
     return config

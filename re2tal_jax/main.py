@@ -1,4 +1,6 @@
-"""Command line: python -m re2tal_jax.main --config FILE [--workdir DIR] [--mode MODE] [--config.section.key=VALUE …]
+"""Command line: python -m re2tal_jax.main [--config FILE] [--workdir DIR] [--mode MODE] [--config.section.key=VALUE …]
+
+Without --config the config is that of the run in --workdir, or of --checkpoint.
 
 Further arguments belong to single modes: --help tells of which.
 """
@@ -12,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from re2tal_jax.accelerators import LOCAL, read_target
-from re2tal_jax.command import Parser, read_config, split_overrides
+from re2tal_jax.command import Parser, read_config, set_values, split_overrides
 from re2tal_jax.errors import ConfigError, Re2TalError, did_you_mean
 from re2tal_jax.experiment import resolved_config
 from re2tal_jax.modes import MODES
 from re2tal_jax.modes.fit import FITS
 from re2tal_jax.settings import read_settings
+from re2tal_jax.trained import config_of
 
 
 @dataclass(frozen=True)
@@ -72,9 +75,12 @@ def read_command(arguments: Sequence[str]) -> Command:
     """
     parser = Parser(prog="python -m re2tal_jax.main", allow_abbrev=False, add_help=False)
     for name, (value, text) in {
-        "--config": ("FILE", "what to run, for example configs/demo.py; required"),
+        "--config": (
+            "FILE",
+            "what to run, for example configs/demo.py; if not given, what --checkpoint or --workdir holds",
+        ),
         "--config.section.key": ("VALUE", "overrides a value of the config file"),
-        "--workdir": ("DIR", "folder of the run; runs/<name of the config file> if not given"),
+        "--workdir": ("DIR", "folder of the run; runs/<name of the config file or checkpoint> if not given"),
         "--mode": ("MODE", f"one of {', '.join(sorted(MODES))}; train if not given"),
     }.items():
         parser.add_argument(name, metavar=value, help=text)
@@ -83,8 +89,6 @@ def read_command(arguments: Sequence[str]) -> Command:
     parser.add_argument("-h", "--help", action="help", help="show this text")
     overrides, rest = split_overrides(arguments)
     known = parser.parse_all(rest)
-    if not known.config:
-        raise ConfigError("--config is missing: name a config file, for example --config configs/demo.py.")
     mode = known.mode or "train"
     if mode not in MODES:
         raise ConfigError(f"Unknown mode {mode!r}. {did_you_mean(mode, MODES)}")
@@ -96,8 +100,16 @@ def read_command(arguments: Sequence[str]) -> Command:
         read_target(chosen["target"])
     if chosen.get("fit", FITS[0]) not in FITS:
         raise ConfigError(f"--fit {chosen['fit']!r} is no quantity. {did_you_mean(chosen['fit'], FITS)}")
-    workdir = Path(known.workdir or Path("runs") / Path(known.config).stem)
-    return Command(read_config(known.config, overrides), mode, workdir, chosen)
+    source = known.config or chosen.get("checkpoint") or known.workdir
+    if not source:
+        raise ConfigError(
+            "--config is missing: name a config file, for example --config configs/demo.py, or with --workdir the "
+            "folder of a run, whose config is taken."
+        )
+    name = Path(source).stem if known.config else Path(source).absolute().name
+    workdir = Path(known.workdir or Path("runs") / name)
+    config = read_config(source, overrides) if known.config else set_values(config_of(Path(source)), overrides)
+    return Command(config, mode, workdir, chosen)
 
 
 def without_traceback(record: logging.LogRecord) -> bool:

@@ -21,7 +21,7 @@ from re2tal_jax.experiment import make_detector, make_policy, make_preprocess, r
 from re2tal_jax.external_classifier import ExternalClassifier
 from re2tal_jax.inference.localize import TrainedDetector
 from re2tal_jax.settings import Settings, read_settings
-from re2tal_jax.training.checkpoint import best_or_latest, load_config, load_params
+from re2tal_jax.training.checkpoint import CONFIG, best_or_latest, load_config, load_params
 from re2tal_jax.training.sharding import MeshConfig, check_batch_size, make_mesh, parameter_shardings
 from re2tal_jax.training.state import Model, check_parameters, describe_model
 from re2tal_jax.training.step import make_eval_step
@@ -123,6 +123,30 @@ def saved_config(directory: Path, step: int) -> dict[str, Any]:
             "detects nothing: train a detector from it (config.backbone.checkpoint), or convert a whole one."
         )
     return about["config"]
+
+
+def config_of(directory: Path) -> dict[str, Any]:
+    """Return the config that the folder of a run, or of converted parameters, tells; no checkpoint is opened.
+
+    Raises:
+        ConfigError: it tells none.
+        CheckpointError: the folder of converted parameters is damaged.
+    """
+    if holds_weights(directory):
+        return load_about(directory)["config"]
+    path = directory / CONFIG
+    if not path.is_file():
+        raise ConfigError(
+            f"--config is missing, and {directory} is no folder of a run (it has no {CONFIG}), whose config would be "
+            "taken: name a config file with --config."
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}): name a config file with --config.") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path} is no config of a run: name a config file with --config.")
+    return config
 
 
 def trained_parameters(directory: Path, step: int, model: Model) -> dict[str, np.ndarray]:

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import inspect
+import json
 import re
 import runpy
 import shlex
@@ -97,7 +98,7 @@ COMMANDS = sorted(set(commands()))
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_names_what_exists(command):
+def test_every_command_names_what_exists(command, tmp_path, monkeypatch):
     program, *arguments = shlex.split(command)
     if program == "make":
         targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
@@ -108,7 +109,12 @@ def test_every_command_names_what_exists(command):
         return
     assert importlib.util.find_spec(arguments[1]) is not None
     assert all((ROOT / argument).exists() for argument in arguments[2:] if argument.startswith("tests/"))
-    if arguments[1] == "re2tal_jax.main" and "FILE" not in arguments:
+    if arguments[1] == "re2tal_jax.main" and "FILE" not in command:
+        for folder in (tmp_path / a for a in arguments if re.fullmatch(r"runs/\w+", a)):  # of the config of that name
+            folder.mkdir(parents=True, exist_ok=True)
+            config = read_config_file((ROOT / "configs" / folder.name).with_suffix(".py"))
+            (folder / "config.json").write_text(json.dumps(config))
+        monkeypatch.chdir(tmp_path)
         read_settings(
             main.read_command([str(ROOT / a) if a.startswith("configs/") else a for a in arguments[2:]]).config
         )

@@ -9,12 +9,14 @@ import re
 import shutil
 import signal
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
 from re2tal_jax.activitynet_format import read_activitynet
+from re2tal_jax.errors import ConfigError
 from re2tal_jax.evaluation import detection_map
 from re2tal_jax.experiment import draw_blueprint, resolved_config
 from re2tal_jax.main import read_command, without_traceback
@@ -163,7 +165,7 @@ def test_a_stopped_run_names_the_step_of_its_table_and_calls_none_better_than_wh
 
 def test_another_process_evaluates_the_run_on_other_devices(tmp_path, run_folder, finished, compiled):
     workdir = shutil.copytree(run_folder / "run", tmp_path / "run")
-    arguments = command("--config", run_folder / "tiny.py", "--workdir", workdir, "--mode", "eval")
+    arguments = command("--workdir", workdir, "--mode", "eval")  # with the run's own config
     devices = ["--config.mesh.cpu_devices=2", "--config.mesh.data=2"]
     done = run_process([*arguments, *devices], JAX_COMPILATION_CACHE_DIR=str(compiled))
     assert (done.code, done.err) == (0, "")
@@ -215,7 +217,7 @@ def test_a_mode_gets_the_arguments_that_are_its_own(tmp_path, tiny_data):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--mode", "train"], "--config is missing: name a config file"),
+        (["--mode", "train"], "--config is missing, and {folder}/run is no folder of a run (it has no config.json)"),
         (["--config"], "expected one argument"),
         (["--config", "{folder}/tony.py"], "tony.py does not exist. Did you mean '{folder}/tiny.py'"),
         (["--config", "{config}", "--mode", "evl"], "Unknown mode 'evl'. Did you mean 'eval'?"),
@@ -243,6 +245,30 @@ def test_a_wrong_command_line_is_answered_by_one_message(tmp_path, tiny_data, ru
     assert message.format(**places) in done.err
     assert "Traceback" not in done.err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("place", [["--workdir"], ["--mode", "predict", "--checkpoint"]])
+def test_without_a_config_file_the_run_says_what_it_is(run_folder, finished, tiny_data, place):
+    run = run_folder / "run"
+    read = read_command([*place, str(run), "--config.eval.batch_size=4"])
+    wanted = changed(tiny_config(tiny_data), eval__batch_size=4)
+    assert resolved_config(read_settings(read.config)) == resolved_config(read_settings(wanted))
+    assert read.workdir == (run if place[0] == "--workdir" else Path("runs/run"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "config.json cannot be read (Expecting"), ("[]", "config.json is no config of a run: name a config file")],
+)
+def test_a_damaged_config_of_a_run_is_told(tmp_path, text, message):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        read_command(["--workdir", str(tmp_path)])
+
+
+def test_a_command_without_config_and_folder_is_told():
+    with pytest.raises(ConfigError, match=r"--config is missing: name a config file.* or with --workdir the folder"):
+        read_command(["--mode", "eval"])
 
 
 @pytest.mark.parametrize(

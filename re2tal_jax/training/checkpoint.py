@@ -29,6 +29,9 @@ log = logging.getLogger(__name__)
 
 ARRAYS = ("params", "ema_params", "progress")
 JSON = ("data", "config")
+CONFIG = "config.json"
+"""In a run's folder: the resolved configuration."""
+
 RANK = "rank"  # beside the metrics of an evaluation: the one that ranks checkpoints
 
 
@@ -80,7 +83,7 @@ def prepare_workdir(workdir: Path) -> Path:
 
 def write_config(workdir: Path, config: Mapping[str, Any]) -> Path:
     """Write the resolved configuration as `config.json`, as a whole or not at all."""
-    path = Path(workdir) / "config.json"
+    path = Path(workdir) / CONFIG
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
     partial.replace(path)
