@@ -12,6 +12,7 @@ import re2tal_jax
 from re2tal_jax import accelerators
 from re2tal_jax.accelerators import absent_devices, compile_options, is_available, read_target
 from re2tal_jax.errors import ConfigError
+from tests import quick
 
 GIB = 2**30
 
@@ -89,7 +90,7 @@ def test_only_an_absent_gpu_does_without_what_it_would_try_out():
 
 def run_python(code):
     """Run code as users do: the tests' own JAX_PLATFORMS keeps jax from looking for CUDA."""
-    own = ("JAX_PLATFORMS", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK")
+    own = ("JAX_PLATFORMS", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK", *quick.environment(devices=1))
     environment = {name: value for name, value in os.environ.items() if name not in own}
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
 

@@ -20,7 +20,6 @@ from tests.parity.replay import convert_state_dict
 
 GOLDEN = Path(__file__).parent / "golden" / "actionformer_local.npz"  # case c0 of parity/actionformer_thumos_local19
 # compile time is the cost of these tests
-unoptimised = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 CHANNELS, CLASSES = 6, 3
 SMALL = {
@@ -48,7 +47,7 @@ def small(**changes) -> ActionFormer:
 
 @functools.cache
 def forward(**changes):
-    return unoptimised(small(**changes))
+    return jax.jit(small(**changes))
 
 
 def inputs(valid: int, length: int, *, seed: int = 0) -> tuple[jax.Array, jax.Array]:
@@ -92,7 +91,7 @@ def test_the_first_masked_snippet_changes_outputs_through_two_norm_biases_alone(
         (p, jax.tree.map(jnp.zeros_like, v) if p[-2:] == ("norm1", "bias") or p[0] == "fpn_norms" else v)
         for p, v in nnx.to_flat_state(state)
     ]
-    unbiased = unoptimised(nnx.merge(graph, nnx.from_flat_state(unbiased)))
+    unbiased = jax.jit(nnx.merge(graph, nnx.from_flat_state(unbiased)))
     full, padded = unbiased(*full), unbiased(*padded)
     for level, valid in enumerate((16, 8)):
         same(full.features[level], padded.features[level], valid)
@@ -140,7 +139,7 @@ def test_heads_over_joined_levels_equal_heads_over_each():
     rng = np.random.default_rng(1)
     levels = tuple(jnp.asarray(rng.normal(size=(2, t, 8)), jnp.float32) for t in (8, 4))
     masks = tuple(jnp.asarray(np.arange(t) < np.array([[t], [t - 1]])) for t in (8, 4))
-    logits, offsets = unoptimised(head)(levels, masks)
+    logits, offsets = jax.jit(head)(levels, masks)
 
     def alone(convs: list[MaskedConv], last, x, mask):
         for conv in convs:
@@ -157,7 +156,7 @@ def test_heads_over_joined_levels_equal_heads_over_each():
 def test_loss_divides_by_moving_normalizer_in_training_and_by_positives_in_evaluation():
     module = small(label_smoothing=0.1, reg_loss_weight=2.0)
     outputs = forward(label_smoothing=0.1, reg_loss_weight=2.0)(*inputs(12, 16))
-    loss = unoptimised(module.loss, static_argnames="train")
+    loss = jax.jit(module.loss, static_argnames="train")
     # length 4, centre 5: points 4, 5, 6 of level 0; level 1 begins at distance 4, farther than any
     gt = jnp.asarray([[[3.0, 7.0]]]), jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)
     train, state = loss(outputs, *gt, {"loss_normalizer": jnp.float32(100)}, train=True)
@@ -167,7 +166,7 @@ def test_loss_divides_by_moving_normalizer_in_training_and_by_positives_in_evalu
     for name in ("cls_loss", "reg_loss", "total"):
         np.testing.assert_allclose(train[name] * 90.3, evaluation[name] * 3, rtol=1e-5)
     np.testing.assert_allclose(train["total"], train["cls_loss"] + train["reg_loss"], rtol=1e-6)
-    plain = unoptimised(small().loss, static_argnames="train")(
+    plain = jax.jit(small().loss, static_argnames="train")(
         outputs, *gt, {"loss_normalizer": jnp.float32(100)}, train=True
     )[0]
     np.testing.assert_allclose(train["reg_loss"], 2 * plain["reg_loss"], rtol=1e-6)
@@ -187,7 +186,7 @@ def test_decoding_moves_points_by_strides():
 
 def test_every_class_starts_at_the_prior_probability():
     module = ActionFormer(CHANNELS, CLASSES, **SMALL, prior_prob=0.02, rngs=nnx.Rngs(0))
-    _, scores, _ = module.decode(unoptimised(module)(jnp.zeros((1, 16, CHANNELS)), jnp.ones((1, 16), bool)))
+    _, scores, _ = module.decode(jax.jit(module)(jnp.zeros((1, 16, CHANNELS)), jnp.ones((1, 16), bool)))
     np.testing.assert_allclose(scores, 0.02, rtol=1e-4)
 
 

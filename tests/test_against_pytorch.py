@@ -73,8 +73,8 @@ def test_figures_are_kept_without_git_and_outside_a_checkout(tmp_path, monkeypat
     assert commit(ROOT) == "of unknown version"
 
 
-def test_a_missing_package_is_named_with_what_to_do(make, tmp_path, monkeypatch):
-    command = (*make("", ours=False).command, "absent")
+def test_a_missing_package_is_named_with_what_to_do(make_contestant, tmp_path, monkeypatch):
+    command = (*make_contestant("", ours=False).command, "absent")
     monkeypatch.setenv("PYTHONPATH", str(conductor.ROOT))
     with pytest.raises(ConfigError, match=r"some-python has no module a_package_that_is_not_there.*--python"):
         greet({False: command}, "some-python", tmp_path)

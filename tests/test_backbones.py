@@ -37,7 +37,7 @@ def small(name: str, *, rewired: bool = True) -> Any:
     return drawn(lambda: build_backbone(one, rewired=rewired, **SMALL[name]))
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
+@functools.partial(jax.jit, static_argnums=0)
 def apply(graph: nnx.GraphDef, state: nnx.State, video: jax.Array) -> Any:
     return nnx.merge(graph, state).intermediates(video)
 
@@ -87,7 +87,7 @@ def test_stored_frames_give_what_the_normalized_video_gives(name):
     stored = np.random.default_rng(1).integers(0, 256, shape).astype(np.uint8)
     frames = Frames(jnp.asarray(stored), (123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
 
-    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    @jax.jit
     def gradients(state: nnx.State, video: Any) -> Any:
         def loss(state: nnx.State) -> tuple[jax.Array, Any]:
             features = nnx.merge(graph, state)(video)

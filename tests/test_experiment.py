@@ -22,7 +22,6 @@ from tests.system import CLASSES, ROOT, changed, tiny_config
 
 TINY = tiny_config(Path("nowhere"))
 TWIN = Wiring(alpha=0.0, beta=1.0, reversible=False)
-quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def draw(config):
@@ -137,7 +136,7 @@ def gradients(detector, batch):
     """(wiring, step) -> loss and gradients; the key of a step is the run's with its number folded in."""
     structure, params = detector
 
-    @functools.partial(quick, static_argnums=0)
+    @functools.partial(jax.jit, static_argnums=0)
     def compute(wiring, params, batch, key):
         def loss(params):
             model = rewire(nnx.merge(structure, params), wiring)

@@ -164,6 +164,14 @@ def test_features_of_another_backbone_or_config_are_not_mixed_in(
     assert content(copied) == content(extracted)
 
 
+def test_an_extraction_without_a_finished_video_binds_no_later_one(tmp_path):
+    folder = FeatureFolder(tmp_path / "features", Resize(num_snippets=T), 0)
+    with folder.claimed():
+        for dtype in ("float32", "float16"):
+            folder.prepare({"dtype": dtype}, {"sha256": "0"}, 8, overwrite=False)
+            assert read_manifest(folder.folder).identity == {"dtype": dtype}
+
+
 def test_overwriting_makes_all_anew(copied, config, tmp_path):
     run(config, tmp_path / "run", out=str(copied), dtype="float16", overwrite=True)
     assert {rows_of(copied, video).dtype.name for video in read_manifest(copied).videos} == {"float16"}

@@ -1,7 +1,5 @@
 """Attention, convolutions and drop path against plain oracles."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,9 +18,8 @@ from re2tal_jax.localizers.layers import (
 )
 
 # compile time is the cost of these tests
-unoptimised = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-local = unoptimised(local_attention, static_argnums=4)
-everywhere = unoptimised(global_attention)
+local = jax.jit(local_attention, static_argnums=4)
+everywhere = jax.jit(global_attention)
 
 
 def attention64(query, key, value, visible):
@@ -81,7 +78,7 @@ def test_attention_without_a_valid_key_is_finite_with_finite_gradient():
     nothing = jnp.zeros((2, 6), bool)
     for attend in (global_attention, lambda *a: local_attention(*a, 3)):
         loss = jax.grad(lambda q, k, v, f=attend: f(q, k, v, nothing).sum(), argnums=(0, 1, 2))
-        gradients = unoptimised(loss)(q, k, v)
+        gradients = jax.jit(loss)(q, k, v)
         assert all(np.isfinite(g).all() for g in gradients)
 
 
@@ -94,7 +91,7 @@ def test_local_attention_gradient_equals_float64_differences():
     def loss(q, k, v):
         return (local_attention(q, k, v, jnp.asarray(valid), 5) * jnp.asarray(weights, jnp.float32)).sum()
 
-    gradients = unoptimised(jax.grad(loss, argnums=(0, 1, 2)))(*(jnp.asarray(a, jnp.float32) for a in qkv))
+    gradients = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*(jnp.asarray(a, jnp.float32) for a in qkv))
     for argument, gradient in enumerate(gradients):
         direction = rng.normal(size=gradient.shape)
         sides = []

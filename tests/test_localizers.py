@@ -35,7 +35,6 @@ SMALL: dict[str, dict[str, Any]] = {
 WITHOUT_DROPOUT = {"vsgn"}  # its key changes nothing
 BATCH, LENGTH, CHANNELS, CLASSES, ROWS = 2, 12, 6, 3, 2
 # compile time is the cost of these tests
-unoptimised = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 SEGMENTS = np.array([[[2, 8], [1, 3]], [[4, 6], [0, 12]]], np.float32)
 LABELS = np.array([[0, 2], [1, 1]], np.int32)
@@ -51,7 +50,7 @@ def small(name: str, dtype: str = "float32") -> SimpleNamespace:
     )
     graph, parameters = nnx.split(module)
 
-    @unoptimised
+    @jax.jit
     def run(parameters, features, mask, segments, labels, gt_mask, state, key):
         def loss(parameters, features):
             merged = nnx.merge(graph, parameters)
@@ -114,8 +113,8 @@ def test_a_batch_without_ground_truth_has_finite_losses_and_gradients(localizer)
 
 def test_ground_truth_of_no_rows_equals_masked_rows(localizer):
     module, state = localizer.module, localizer.module.initial_state()
-    outputs = unoptimised(module)(jnp.zeros((BATCH, LENGTH, CHANNELS)), jnp.asarray(FULL))
-    loss = unoptimised(functools.partial(module.loss, train=True))
+    outputs = jax.jit(module)(jnp.zeros((BATCH, LENGTH, CHANNELS)), jnp.asarray(FULL))
+    loss = jax.jit(functools.partial(module.loss, train=True))
     masked = loss(outputs, *map(jnp.asarray, (SEGMENTS, LABELS, NONE)), state)
     segments, labels = jnp.zeros((BATCH, 0, 2)), jnp.zeros((BATCH, 0), jnp.int32)
     empty = loss(outputs, segments, labels, jnp.zeros((BATCH, 0), bool), state)

@@ -287,6 +287,7 @@ def test_no_video_stays_open_behind_an_evaluation_or_a_training_step(folder, tmp
     batches.close()
     for thread in set(threading.enumerate()) - before:
         thread.join(60)  # it ends when it has read what it was at
+        assert not thread.is_alive()
     gc.collect()  # what a reference cycle holds may go then only
     files = [file.path for file in psutil.Process().open_files()]
     assert [file for file in files if file.startswith(f"{tmp_path}/")] == []

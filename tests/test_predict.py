@@ -370,15 +370,18 @@ def test_a_video_partly_unreadable_is_kept_and_tried_again(tmp_path):
         assert not finished.holds("a", tmp_path / "a.mp4")
 
 
-def test_a_prediction_without_a_finished_video_binds_no_later_one(tmp_path):
+def test_a_prediction_that_holds_no_video_binds_no_later_one(tmp_path):
     (tmp_path / "a.mp4").write_text("x")
     nothing = re2tal_jax.types.Detections(segments_sec=np.zeros((0, 2)), labels=(), scores=np.zeros(0))
     with FinishedVideos(tmp_path, {"batch": 8}):
         pass
+    with FinishedVideos(tmp_path, {"batch": 4}, writes=False) as other:
+        assert not other.holds("a", tmp_path / "a.mp4")
     with FinishedVideos(tmp_path, {"batch": 4}) as finished:
         finished.add("a", tmp_path / "a.mp4", Finished(1.5, 0, nothing))
-    with pytest.raises(CheckpointError, match="batch: 4 there, 8 now"):
-        FinishedVideos(tmp_path, {"batch": 8})
+    for writes in (True, False):
+        with pytest.raises(CheckpointError, match="batch: 4 there, 8 now"):
+            FinishedVideos(tmp_path, {"batch": 8}, writes=writes)
     with FinishedVideos(tmp_path, {"batch": 4}) as finished:
         assert finished.holds("a", tmp_path / "a.mp4")
 

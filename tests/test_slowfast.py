@@ -22,6 +22,7 @@ from re2tal_jax.diagnostics import diagnose
 from re2tal_jax.errors import ConfigError, DataError
 from re2tal_jax.reversible import PLAIN, REWIRED, Wiring, rewire
 from re2tal_jax.runs import Run, find_runs
+from tests import quick
 
 TINY: dict[str, Any] = {
     "depths": (3, 2),
@@ -30,7 +31,6 @@ TINY: dict[str, Any] = {
     "slow_inflate": (0, 1),
     "fast_inflate": (1, 1),
 }
-FAST = {"xla_backend_optimization_level": 0}  # tiny shapes, run once: compiling is what takes time
 
 
 def tiny(*, values: Any = np.float32, bias: float = 0.0, **changes: Any) -> SlowFast:
@@ -53,7 +53,7 @@ def normal(seed: int, *shape: int, dtype: Any = np.float32) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=FAST)
+@functools.partial(jax.jit, static_argnums=0)
 def apply(graph: nnx.GraphDef, state: nnx.State, video: jax.Array) -> Any:
     return nnx.merge(graph, state).intermediates(video)
 
@@ -92,7 +92,7 @@ def test_convolution_is_that_in_three_dimensions(kernel, stride, size):
 
         def both(function):
             loss = lambda x, weights: jnp.sum(jnp.sin(function(x, weights)))  # noqa: E731
-            return jax.jit(lambda *a: (function(*a), jax.grad(loss, (0, 1))(*a)), compiler_options=FAST)(x, weights)
+            return jax.jit(lambda *a: (function(*a), jax.grad(loss, (0, 1))(*a)))(x, weights)
 
         got, want = both(functools.partial(convolve, stride=stride)), both(reference)
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-11), got, want)
@@ -281,7 +281,7 @@ def test_rewired_gradient_equals_plain_autodiff():
             def loss(state, video):
                 return sum(jnp.sum(jnp.sin(3 * feature)) for feature in nnx.merge(graph, state)(video))
 
-            return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)), compiler_options=FAST)(state, video)
+            return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(state, video)
 
         got, want = gradients(REWIRED), gradients(Wiring(0.0, 1.0, reversible=False))
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
@@ -292,7 +292,8 @@ def test_rewired_gradient_equals_plain_autodiff():
 
 def test_bfloat16_branches_reconstruct_bit_exactly():
     model = tiny(dtype=jnp.bfloat16)
-    records = jax.jit(lambda video: diagnose(model, video, wiring=REWIRED))(normal(0, 2, 8, 32, 32, 3))
+    run = jax.jit(lambda video: diagnose(model, video, wiring=REWIRED), compiler_options=quick.AS_USERS_DO)
+    records = run(normal(0, 2, 8, 32, 32, 3))
     assert [record.reconstruction_error for record in records] == [0] * 3  # the slow first stage has nothing to undo
     assert all(0.1 < record.largest_state < 1024 for record in records)
 

@@ -15,7 +15,7 @@ import pytest
 
 from re2tal_jax.config import build
 from re2tal_jax.data import DATASETS, build_dataset
-from re2tal_jax.data.container import VideoInfo, VideoSource, probe
+from re2tal_jax.data.container import probe
 from re2tal_jax.data.elements import LoaderConfig
 from re2tal_jax.data.pipeline import Loader
 from re2tal_jax.data.sampling import RandomTrunc, Resize, SlidingWindow
@@ -24,6 +24,7 @@ from re2tal_jax.data.tfds_builders import builder
 from re2tal_jax.data.tfds_builders.__main__ import main, prepare
 from re2tal_jax.data.tfds_builders.contents import NAME, VERSION, split_names
 from re2tal_jax.data.video import read_frames
+from re2tal_jax.data.video_source import VideoInfo, VideoSource
 from re2tal_jax.errors import ConfigError, DataError
 from tests.video_files import READERS, numbered_frames, write_audio, write_video
 

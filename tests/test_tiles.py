@@ -17,9 +17,8 @@ from re2tal_jax.backbones.vit import VisionTransformer
 from re2tal_jax.chunks import add_stretch, count_chunks, in_chunks, in_overlapping_chunks, read_stretch
 from re2tal_jax.diagnostics import diagnose
 from re2tal_jax.reversible import REWIRED, Wiring, rewire
+from tests import quick
 from tests.parameters import drawn
-
-FAST = {"xla_backend_optimization_level": 0}
 
 
 @st.composite
@@ -230,7 +229,7 @@ def value_and_gradients(network: str, workspace: int, wiring: Wiring, stored_blo
             features = jax.tree.leaves(nnx.merge(graph, state)(video, key=jax.random.key(7)))
             return sum(jnp.sum(feature**3) for feature in features)
 
-        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)), compiler_options=FAST)(state, video)
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(state, video)
 
 
 @pytest.mark.parametrize("smallest", [True, False], ids=["smallest", "between"])
@@ -264,7 +263,7 @@ def test_low_precision_tiles_are_undone_exactly(network, chains):
     model = drawn(lambda: build(1, jnp.bfloat16))
     video = jnp.asarray(np.random.default_rng(1).normal(size=size), jnp.float32)
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=quick.AS_USERS_DO)
     def run(video):
         return diagnose(model, video, key=jax.random.key(7), wiring=REWIRED)
 

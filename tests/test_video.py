@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from re2tal_jax.data import decoding, video
-from re2tal_jax.data.container import frame_times, probe, seconds_to_frames
+from re2tal_jax.data.container import probe
 from re2tal_jax.data.video import OpenVideo, read_frames, source_size
 from re2tal_jax.errors import ConfigError, DataError
 from tests.video_files import (
@@ -39,24 +39,6 @@ def thirds(tmp_path_factory):
     picture = np.zeros((64, 128, 3), np.uint8)
     picture[:, :32, 0] = picture[:, 32:96, 1] = picture[:, 96:, 2] = 200
     return write_video(tmp_path_factory.mktemp("videos") / "thirds.mp4", np.repeat(picture[None], 4, axis=0))
-
-
-def test_probe_tells_frames_rate_duration_and_size(numbered):
-    info = probe(numbered)
-    assert (info.num_frames, info.fps, info.duration_sec) == (48, 10.0, 4.8)
-    assert (info.height, info.width) == (32, 48)
-
-
-def test_probe_of_a_real_video(data_dir):
-    info = probe(data_dir / "videos" / "test.mp4")
-    assert (info.num_frames, info.fps, info.duration_sec, info.height, info.width) == (300, 30.0, 10.0, 256, 340)
-
-
-def test_probe_counts_frames_where_the_container_does_not(tmp_path):
-    path = write_video(tmp_path / "a.mkv", numbered_frames(20))
-    with av.open(str(path)) as container:
-        assert container.streams.video[0].frames == 0
-    assert probe(path).num_frames == 20
 
 
 @needs_decord
@@ -261,12 +243,3 @@ def test_frames_outside_the_video_are_an_error(numbered, indices):
 def test_an_unknown_crop_is_an_error(numbered):
     with pytest.raises(ConfigError, match="crop = 'middle'"):
         read_frames(numbered, [0], 16, 16, crop="middle")
-
-
-def test_seconds_find_their_frame_at_a_variable_rate(tmp_path):
-    times = [0, 100, 200, 1000, 1100, 3000]
-    path = write_video(tmp_path / "variable.mp4", numbered_frames(6), times=times)
-    seconds = frame_times(path)
-    np.testing.assert_allclose(seconds, np.array(times) / 1000, atol=1e-3)
-    at = np.array([-1.0, 0.05, 0.15, 0.99, 1.01, 2.9, 3.0, 99.0])
-    assert seconds_to_frames(at, seconds).tolist() == [0, 0, 1, 2, 3, 4, 5, 5]

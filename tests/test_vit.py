@@ -27,7 +27,6 @@ from re2tal_jax.settings import read_settings
 from re2tal_jax.training.sharding import make_mesh
 
 TINY = {"patch_size": 4, "embed_dim": 8, "depth": 3, "num_heads": 2, "num_frames": 4, "image_size": 8}
-FAST = {"xla_backend_optimization_level": 0}  # tiny shapes, run once: compiling is what takes time
 
 
 def tiny(**changes: Any) -> VisionTransformer:
@@ -46,7 +45,7 @@ def normal(seed: int, *shape: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=FAST)
+@functools.partial(jax.jit, static_argnums=0)
 def apply(graph: nnx.GraphDef, state: nnx.State, video: jax.Array) -> jax.Array:
     return nnx.merge(graph, state)(video)
 
@@ -270,7 +269,7 @@ def test_positions_are_resized_in_height_and_width_and_kept_in_time():
 def test_positions_are_never_learned():
     graph, state = nnx.split(tiny(depth=1))
     video = normal(1, 1, 4, 8, 12, 3)
-    gradients = jax.jit(jax.grad(lambda state: nnx.merge(graph, state)(video).sum()), compiler_options=FAST)(state)
+    gradients = jax.jit(jax.grad(lambda state: nnx.merge(graph, state)(video).sum()))(state)
     assert not jnp.any(gradients["pos_embed"][...])
     assert jnp.any(gradients["patch_embed"]["proj"]["kernel"][...])
 
@@ -301,7 +300,7 @@ def test_drop_path_rates_grow_with_depth():
 def test_a_branch_is_dropped_for_a_whole_video():
     model, clip = tiny(drop_path_rate=0.5), normal(1, 1, 4, 8, 8, 3)
     video = jnp.tile(clip, (8, 2, 1, 1, 1))  # eight times one video of two times one clip
-    features = jax.jit(lambda key: model(video, key=key), compiler_options=FAST)(jax.random.key(0))
+    features = jax.jit(lambda key: model(video, key=key))(jax.random.key(0))
     np.testing.assert_array_equal(features[:, :2], features[:, 2:])
     assert jnp.abs(features[1:] - features[0]).max() > 1e-2
 
@@ -324,7 +323,7 @@ def test_rewired_gradient_equals_plain_autodiff_in_float64():
                 network = rewire(nnx.merge(graph, state), Wiring(alpha=0.0, beta=1.0, reversible=reversible))
                 return (network(video, key=jax.random.key(7)) ** 3).sum()
 
-            return jax.jit(jax.grad(loss, argnums=(0, 1)), compiler_options=FAST)(state, video)
+            return jax.jit(jax.grad(loss, argnums=(0, 1)))(state, video)
 
         pairs = list(zip(jax.tree.leaves(gradients(True)), jax.tree.leaves(gradients(False)), strict=True))
         assert sum(bool(np.any(plain)) for _, plain in pairs) == len(pairs) - 1  # all but the table of positions

@@ -21,7 +21,6 @@ from tests.parity.replay import convert_state_dict
 
 GOLDEN = Path(__file__).parent / "golden" / "vsgn_graph.npz"  # parity/vsgn_thumos_gcn without its full gradients
 # compile time is the cost of these tests
-unoptimised = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 CHANNELS, CLASSES = 6, 3
 SMALL = {
@@ -65,7 +64,7 @@ def loss_of(outputs: VSGNOutputs, segments, labels, num_classes: int = CLASSES, 
 
 @functools.cache
 def compiled_loss(num_classes: int, train: bool):
-    return unoptimised(functools.partial(small(num_classes).loss, train=train))
+    return jax.jit(functools.partial(small(num_classes).loss, train=train))
 
 
 def test_golden_case_is_reproduced():
@@ -98,7 +97,7 @@ def test_padding_inside_equals_padding_outside():
     """Ten snippets are padded to twelve, a multiple of the coarsest stride."""
     rng = np.random.default_rng(0)
     features, mask = jnp.asarray(rng.normal(size=(1, 10, CHANNELS)), jnp.float32), jnp.ones((1, 10), bool)
-    forward = unoptimised(small())
+    forward = jax.jit(small())
     inside = forward(features, mask)
     outside = forward(jnp.pad(features, ((0, 0), (0, 2), (0, 0))), jnp.pad(mask, ((0, 0), (0, 2))))
     assert inside.mask.tolist() == [[True] * 10 + [False] * 2]
@@ -148,7 +147,7 @@ def test_what_moving_corners_costs_also_trains_the_boxes():
         said = dataclasses.replace(outputs, moved=moved)
         return module.loss(said, *gt, module.initial_state(), train=True)[0]["corner_loss"]
 
-    gradient = unoptimised(jax.grad(corner_loss))(outputs.boxes)
+    gradient = jax.jit(jax.grad(corner_loss))(outputs.boxes)
     assert np.flatnonzero(np.abs(gradient).sum(-1)).tolist() == [8]  # the first anchor of the second level
 
 
@@ -166,7 +165,7 @@ def test_boxes_that_reach_no_real_snippet_are_not_valid():
     mask = jnp.arange(8)[None] < 3
     boxes = jnp.asarray([[[0, 1], [2.9, 7], [3, 7], [2, 2], [-9, -5], [9, 12]]], jnp.float32)
     outputs = outputs_of(mask=mask, moved=boxes, logits=jnp.zeros((1, 6, 1 + CLASSES)))
-    proposals, scores, valid = unoptimised(small().decode)(outputs)
+    proposals, scores, valid = jax.jit(small().decode)(outputs)
     assert valid.tolist() == [[True, True, False, True, True, False]]  # (-9, -5) is clipped to snippet 0
     assert proposals[0, 4:].tolist() == [[0, 0], [7, 7]]
     np.testing.assert_allclose(scores, 0.25 * 0.25, rtol=1e-6)

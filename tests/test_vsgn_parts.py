@@ -15,7 +15,6 @@ from re2tal_jax.localizers.vsgn_targets import boundary_targets, boxes_of, match
 
 F32 = {"dtype": jnp.float32}
 # compile time is the cost of these tests
-unoptimised = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def random(*shape: int) -> jax.Array:
@@ -42,7 +41,7 @@ def test_coordinates_move_an_anchor_by_its_length_and_scale_it():
 def matches(boxes, segments, labels, *, threshold=0.5, mask=None):
     segments, labels = jnp.asarray(segments, jnp.float32).reshape(-1, 2), jnp.asarray(labels, jnp.int32)
     mask = jnp.ones(len(labels), bool) if mask is None else jnp.asarray(mask)
-    run = unoptimised(functools.partial(match, threshold=threshold))
+    run = jax.jit(functools.partial(match, threshold=threshold))
     found = run(jnp.asarray(boxes, jnp.float32), segments, labels, mask)
     return found.classes.tolist(), found.segments.tolist()
 
@@ -92,9 +91,9 @@ def test_snippets_are_boundaries_and_actions_that_lie_inside_with_all_of_them():
 def test_giou_loss_tells_how_far_apart_segments_are():
     target = jnp.array([0.0, 4.0])
     pairs = jnp.array([[0.0, 4.0], [4.0, 0.0], [2.0, 6.0], [6.0, 8.0], [5.0, 5.0]])
-    losses = unoptimised(giou_loss)(pairs, jnp.broadcast_to(target, pairs.shape))
+    losses = jax.jit(giou_loss)(pairs, jnp.broadcast_to(target, pairs.shape))
     np.testing.assert_allclose(losses, [0, 0, 1 - 2 / 6, 1 + 2 / 8, 1 + 1 / 5], atol=1e-6)
-    gradients = unoptimised(jax.grad(lambda p: giou_loss(p, jnp.zeros(2)).sum()))(jnp.array([[0.0, 0.0], [3.0, 3.0]]))
+    gradients = jax.jit(jax.grad(lambda p: giou_loss(p, jnp.zeros(2)).sum()))(jnp.array([[0.0, 0.0], [3.0, 3.0]]))
     assert np.isfinite(gradients).all()
 
 
@@ -133,7 +132,7 @@ def test_graph_convolution_is_a_linear_map_of_pairs_and_the_maximum_over_them():
 
 def test_a_graph_block_is_real_where_its_pooling_saw_a_real_snippet():
     block = GraphBlock(4, stride=2, num_neighbours=8, **F32, rngs=nnx.Rngs(0))  # more neighbours than snippets
-    y, mask = unoptimised(block)(random(1, 6, 4), jnp.array([[True, True, True, False, False, False]]))
+    y, mask = jax.jit(block)(random(1, 6, 4), jnp.array([[True, True, True, False, False, False]]))
     assert mask.tolist() == [[True, True, False]]
     assert np.abs(y[0]).max(-1).astype(bool).tolist() == [True, True, False]
 
@@ -156,12 +155,12 @@ def test_up_convolution_is_the_transpose_of_a_strided_one():
 def test_a_tower_sees_each_level_alone():
     tower = Tower(4, 3, num_convs=2, num_groups=2, **F32, rngs=nnx.Rngs(0))
     levels = (random(1, 5, 4) + 1, random(1, 3, 4) - 1)
-    apart = [unoptimised(tower)([level]) for level in levels]
-    np.testing.assert_allclose(unoptimised(tower)(levels), np.concatenate(apart, axis=1), rtol=1e-5, atol=1e-6)
+    apart = [jax.jit(tower)([level]) for level in levels]
+    np.testing.assert_allclose(jax.jit(tower)(levels), np.concatenate(apart, axis=1), rtol=1e-5, atol=1e-6)
 
 
 def test_group_norm_takes_time_and_the_channels_of_a_group_together():
-    y = unoptimised(GroupNorm(4, 2, **F32))(random(1, 6, 4) * 3 + 5)
+    y = jax.jit(GroupNorm(4, 2, **F32))(random(1, 6, 4) * 3 + 5)
     groups = np.asarray(y).reshape(6, 2, 2).transpose(1, 0, 2).reshape(2, -1)
     np.testing.assert_allclose(groups.mean(1), 0, atol=1e-5)
     np.testing.assert_allclose(groups.var(1), 1, rtol=1e-4)
@@ -184,7 +183,7 @@ def test_corners_are_an_eighth_of_the_box_beside_its_ends():
         branch.conv.kernel = nnx.Param(jnp.ones((3, 2, 2)))
         branch.out.kernel = nnx.Param(jnp.ones((1, 2, 1)))
 
-    @unoptimised
+    @jax.jit
     def move(features):
         boxes, back = jax.vjp(lambda f: head(f, box, stride=2, num_snippets=64), features)
         return boxes, back(jnp.ones_like(boxes))[0]

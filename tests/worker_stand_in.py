@@ -46,7 +46,7 @@ serve({f.__name__: f for f in (hello, build, check, step)} | {"memory": lambda: 
 
 
 @pytest.fixture
-def make(tmp_path, monkeypatch):
+def make_contestant(tmp_path, monkeypatch):
     """What makes a contestant whose worker is a stand-in; the conductor makes no pauses."""
     monkeypatch.setattr(conductor, "PAUSE", 0.0)
     script = tmp_path / "stand_in.py"

@@ -5,6 +5,7 @@ in its metadata which figures it shows; a test compares them with the rows.
 """
 
 import csv
+import itertools
 import re
 from pathlib import Path
 
@@ -21,8 +22,8 @@ PANELS = {
 }
 """How the benchmarks of a panel begin, and the form of the settings that it shows."""
 
-SIZES = {"o": 6, "s": 6, "D": 10, "^": 6}
-"""Markers of the ways, hollow and of two sizes, as some lie upon others."""
+MARKERS = (("o", 6), ("s", 6), ("D", 10), ("^", 6))
+"""Of the ways in turn, with their sizes; hollow, as some lie upon others."""
 
 Lines = dict[str, dict[int, float]]
 
@@ -59,9 +60,9 @@ def draw() -> Figure:
 
 
 def _draw(axes: Axes, lines: Lines) -> None:
-    for (way, points), marker in zip(lines.items(), SIZES, strict=False):
+    for (way, points), (marker, size) in zip(lines.items(), itertools.cycle(MARKERS), strict=False):
         gib = [mebibytes / 1024 for mebibytes in points.values()]
-        axes.plot(list(points), gib, marker=marker, markersize=SIZES[marker], fillstyle="none", label=way)
+        axes.plot(list(points), gib, marker=marker, markersize=size, fillstyle="none", label=way)
     ticks = sorted({x for points in lines.values() for x in points})
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)

@@ -1,12 +1,10 @@
-"""What a video says of itself before a frame is decoded for use: frames, rate, size, and when each is shown.
+"""What a video says of itself: frames, rate, size, and when each frame is shown.
 
 What cannot be read is a `DataError` that names the file; callers add the video id.
 """
 
 import io
 import os
-from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,57 +15,8 @@ from av.error import FFmpegError
 from av.video.stream import VideoStream
 from jaxtyping import Float, Int
 
+from re2tal_jax.data.video_source import Video, VideoBytes, VideoInfo, VideoSource, fetched
 from re2tal_jax.errors import DataError
-
-
-@dataclass(frozen=True, kw_only=True)
-class VideoInfo:
-    """What a file says about its video: frames, mean frames per second, seconds, and pixels as displayed (rotated)."""
-
-    num_frames: int
-    fps: float
-    duration_sec: float
-    height: int
-    width: int
-
-
-class VideoSource(ABC):
-    """A video that is no file of its own, such as a record of an archive; its `str` is what errors call it.
-
-    Instances are small and travel to other processes; what they read from is opened in the process that reads.
-    """
-
-    @abstractmethod
-    def info(self) -> VideoInfo | None:
-        """Return what `probe` would say, where that is known without reading, else None."""
-
-    @property
-    @abstractmethod
-    def kept_in(self) -> Path:
-        """A file that changes when the video does."""
-
-    @abstractmethod
-    def read(self) -> bytes:
-        """Return the video as its file would have it.
-
-        Raises:
-            DataError: it cannot be read.
-        """
-
-
-@dataclass(frozen=True)
-class VideoBytes:
-    """A video in memory; `name` is what errors call it."""
-
-    name: str
-    content: bytes
-
-    def __str__(self) -> str:
-        return self.name
-
-
-Video = str | Path | VideoSource | VideoBytes
-"""What is read: a file, or what stands for one."""
 
 
 def probe(path: Video) -> VideoInfo:
@@ -148,11 +97,6 @@ def open_video(path: Video) -> InputContainer:
     return container
 
 
-def fetched(path: Video) -> str | Path | VideoBytes:
-    """Return the video with its bytes in memory, unless it is a file."""
-    return VideoBytes(str(path), path.read()) if isinstance(path, VideoSource) else path
-
-
 class Index(NamedTuple):
     """When frames are shown: ticks in ascending order, numbers of key frames, seconds per tick, the file's start."""
 
@@ -168,7 +112,11 @@ class Index(NamedTuple):
 
 
 def read_index(path: Video) -> Index:
-    """Read the index of a video from its packets; decodes nothing."""
+    """Read the index of a video from its packets, up to a fault in the file; decodes nothing.
+
+    Raises:
+        DataError: as `open_video`.
+    """
     pts, key_pts = [], []
     with open_video(path) as container:
         stream = container.streams.video[0]

@@ -14,11 +14,11 @@ from typing import Any, Literal
 import numpy as np
 
 from re2tal_jax.data.annotations import Annotations, activitynet_form
-from re2tal_jax.data.container import VideoSource
 from re2tal_jax.data.features import FeatureConfig, Features, open_features
 from re2tal_jax.data.features.files import SUFFIXES as FEATURE_SUFFIXES
 from re2tal_jax.data.files import find_files
 from re2tal_jax.data.findings import Findings, counted
+from re2tal_jax.data.video_source import VideoSource
 from re2tal_jax.errors import ConfigError, DataError, did_you_mean
 from re2tal_jax.types import VideoRecord
 

@@ -11,7 +11,8 @@ from av.error import FFmpegError
 from av.video.stream import VideoStream
 from jaxtyping import Int, UInt8
 
-from re2tal_jax.data.container import Video, open_video, read_index
+from re2tal_jax.data.container import open_video, read_index
+from re2tal_jax.data.video_source import Video
 from re2tal_jax.errors import DataError
 
 TAIL_FRAMES = 16
@@ -22,7 +23,13 @@ TRANSPOSE = {0: (), 90: ("2",), -90: ("1",), 180: ("1", "1"), -180: ("1", "1")}
 
 
 class InOrder:
-    """Frames of a video by PyAV in their order, on from where the last ones ended where that is the shorter way."""
+    """Frames of a video by PyAV in their order, on from where the last ones ended where that is the shorter way.
+
+    Its index is read once, when it is made; `num_frames` is what `container.probe` tells.
+
+    Raises:
+        DataError: as `container.open_video`.
+    """
 
     def __init__(self, path: Video, num_frames: int):
         self._path, self._num_frames = path, num_frames

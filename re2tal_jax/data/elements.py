@@ -13,10 +13,10 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from re2tal_jax.data.container import VideoSource
 from re2tal_jax.data.features import Features
 from re2tal_jax.data.sampling import Policy
 from re2tal_jax.data.video import Crop, OpenVideo, source_size
+from re2tal_jax.data.video_source import VideoSource
 from re2tal_jax.errors import ConfigError, DataError
 from re2tal_jax.types import VideoRecord, Window
 

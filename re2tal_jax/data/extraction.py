@@ -128,7 +128,7 @@ class FeatureFolder:
             if not overwrite:
                 raise
             known = None
-        if known is not None and not overwrite:
+        if known is not None and known.videos and not overwrite:  # one that failed at its first video binds nobody
             _check_same(self.folder, known, identity)
             return
         if known is None and any(self.folder.glob("*.npy")) and not (self.folder / NAME).is_file():

@@ -21,10 +21,11 @@ import jax
 import numpy as np
 from absl import flags
 
-from re2tal_jax.data.container import VideoSource, probe
+from re2tal_jax.data.container import probe
 from re2tal_jax.data.dataset import Dataset
 from re2tal_jax.data.elements import Cache, ElementLoader, LoaderConfig, ThreadVideos, WindowRef
 from re2tal_jax.data.sampling import Policy, RandomTrunc, SlidingWindow, StridedPolicy, annotated_frames
+from re2tal_jax.data.video_source import VideoSource
 from re2tal_jax.errors import CheckpointError, ConfigError, DataError
 from re2tal_jax.types import Batch, SnippetGrid, VideoRecord
 

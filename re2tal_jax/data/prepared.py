@@ -12,9 +12,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from re2tal_jax.data.container import VideoInfo, VideoSource
 from re2tal_jax.data.dataset import Dataset, open_dataset
 from re2tal_jax.data.tfds_builders.contents import NAME, VERSION, Stored, read_metadata
+from re2tal_jax.data.video_source import VideoInfo, VideoSource
 from re2tal_jax.errors import DataError
 
 METADATA = "metadata.json"

@@ -17,8 +17,9 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from re2tal_jax.data.container import Video, VideoBytes, VideoInfo, VideoSource, fetched, probe
+from re2tal_jax.data.container import probe
 from re2tal_jax.data.decoding import InOrder
+from re2tal_jax.data.video_source import Video, VideoBytes, VideoInfo, VideoSource, fetched
 from re2tal_jax.errors import ConfigError, DataError
 
 decord: Any = None
@@ -99,8 +100,8 @@ class OpenVideo:
         `center` keeps them: the source is scaled until it just covers (height, width), and the centre is cut out.
 
         A file that is truncated or damaged in the middle gives the frames before the fault (through PyAV); asking for
-        later ones is an error, except that up to `TAIL_FRAMES` at a video's end repeat the last frame that can be
-        decoded.
+        later ones is an error, except that up to `decoding.TAIL_FRAMES` at a video's end repeat the last frame that
+        can be decoded.
 
         Args:
             frame_indices, height, width, crop: see above.

@@ -10,10 +10,11 @@ from typing import Literal
 
 import numpy as np
 
-from re2tal_jax.data.container import VideoInfo, probe
+from re2tal_jax.data.container import probe
 from re2tal_jax.data.dataset import Dataset
 from re2tal_jax.data.findings import Findings
 from re2tal_jax.data.video_folder import VIDEO_SUFFIXES, VideoFolder, printable
+from re2tal_jax.data.video_source import VideoInfo
 from re2tal_jax.errors import DataError, similar_file
 from re2tal_jax.progress import WorkProgress
 from re2tal_jax.types import VideoRecord

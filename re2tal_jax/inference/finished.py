@@ -129,7 +129,10 @@ class FinishedVideos:
         return place
 
     def _read(self, identity: Mapping[str, Any]) -> int:
-        """Note where every video's line is, and return the end of the last whole line; 0 where no video is finished."""
+        """Note where every video's line is, and return the end of the last whole line.
+
+        A file that holds no video binds nobody: a prediction that failed at its first one is begun anew, at 0.
+        """
         end, found = 0, {}
         with self.path.open("rb") as file:
             for number, text in enumerate(file, 1):
@@ -148,10 +151,10 @@ class FinishedVideos:
                         "--overwrite, to start anew; or choose another folder with --out."
                     ) from error
                 end += len(text)
-        if not self._places:
-            return 0  # a prediction that failed at its first video binds nobody to its config
-        self._check(found, dict(_flat(identity)))
-        return end
+        wanted = dict(_flat(identity))
+        if self._places:
+            self._check(found, wanted)
+        return end if found == wanted else 0
 
     def _check(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]

@@ -16,11 +16,12 @@ from jaxtyping import Float
 
 from re2tal_jax.data.check.annotations import Subset
 from re2tal_jax.data.check.problems import Problem, problem, share
-from re2tal_jax.data.container import VideoInfo, frame_times, open_video, probe
+from re2tal_jax.data.container import frame_times, open_video, probe
 from re2tal_jax.data.findings import counted
 from re2tal_jax.data.sampling import StridedPolicy
 from re2tal_jax.data.video import read_frames
 from re2tal_jax.data.video_folder import VideoFolder
+from re2tal_jax.data.video_source import VideoInfo
 from re2tal_jax.progress import WorkProgress
 
 DURATION_SEC, DURATION_SHARE = 0.5, 0.01

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from re2tal_jax.data.annotations import Annotations, parse_annotations
-from re2tal_jax.data.container import VideoInfo, probe
+from re2tal_jax.data.container import probe
 from re2tal_jax.data.custom.tables import Listing, add_video, read_listing
 from re2tal_jax.data.dataset import Dataset, open_dataset
 from re2tal_jax.data.features import FeatureConfig
 from re2tal_jax.data.findings import counted
 from re2tal_jax.data.video_folder import VideoFolder, printable, split_name, video_id, without_suffix
+from re2tal_jax.data.video_source import VideoInfo
 from re2tal_jax.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)

@@ -32,11 +32,12 @@ from typing import Any
 from re2tal_jax.command import Parser, read_config, split_overrides
 from re2tal_jax.config import build
 from re2tal_jax.data import DATASETS
-from re2tal_jax.data.container import VideoInfo, probe
+from re2tal_jax.data.container import probe
 from re2tal_jax.data.dataset import Dataset
 from re2tal_jax.data.findings import counted
 from re2tal_jax.data.tfds_builders.contents import NAME, VERSION, Job, make_metadata, plan_jobs
 from re2tal_jax.data.video_folder import printable
+from re2tal_jax.data.video_source import VideoInfo
 from re2tal_jax.errors import ConfigError, DataError, Re2TalError
 from re2tal_jax.locks import claim
 from re2tal_jax.progress import WorkProgress

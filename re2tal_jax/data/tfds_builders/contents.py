@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 
 from re2tal_jax.data.annotations import Annotations, Entry
-from re2tal_jax.data.container import VideoInfo
 from re2tal_jax.data.dataset import Dataset
 from re2tal_jax.data.findings import Findings
+from re2tal_jax.data.video_source import VideoInfo
 from re2tal_jax.errors import DataError
 from re2tal_jax.types import VideoRecord
 
