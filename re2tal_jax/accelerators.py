@@ -1,6 +1,6 @@
 """Accelerators that are not there: devices to compile for, so that memory can be told on any Linux machine.
 
-Needs the optional packages `aot` (pip install 're2tal-jax[aot]'). What is compiled for such devices cannot be run; its
+Needs the optional packages `aot` (pip install -e '.[aot]'). What is compiled for such devices cannot be run; its
 `memory_analysis()` is that of the real ones, up to autotuning on GPUs.
 
 A target is the name of a kind and, after a colon, how many there are: `h100`, `h100:4`, `v5e:2x4`.
@@ -164,7 +164,7 @@ def absent_devices(target: str) -> Sequence[jax.Device]:
     """
     wanted = read_target(target)
     if not is_available(target):
-        raise ConfigError(f"target {target!r} needs the compiler packages: pip install 're2tal-jax[aot]'.")
+        raise ConfigError(f"target {target!r} needs the compiler packages: pip install -e '.[aot]' in the checkout.")
     if wanted.is_gpu:
         os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # no libraries whose versions matter
         try:

@@ -7,11 +7,12 @@ Further arguments belong to single modes: --help tells of which.
 
 import io
 import logging
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from re2tal_jax.accelerators import LOCAL, read_target
 from re2tal_jax.command import Parser, read_config, set_values, split_overrides
@@ -33,6 +34,9 @@ class Command:
     options: Mapping[str, Any] = field(default_factory=dict)
     """Further arguments of the mode."""
 
+
+INTERRUPTED = 130
+"""The exit code that shells give a program which SIGINT ended."""
 
 _INSPECT, _PREDICT, _EXTRACT = ("inspect",), ("predict",), ("extract",)
 _OPTIONS: Mapping[str, tuple[tuple[str, ...], dict[str, Any]]] = {
@@ -143,9 +147,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)  # noqa: T201
-        return 130  # what a shell says of a program that SIGINT ended
+        return INTERRUPTED
     return 0
 
 
+def run() -> NoReturn:
+    """Do as `main`, and end the process.
+
+    What was interrupted may still be computing, on arrays that Python would take away as it ends: a segmentation fault.
+    So that end is left to the system; files were closed on the way out of `main`.
+    """
+    code = main()
+    if code == INTERRUPTED:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -82,7 +82,7 @@ class Batch:
     window: Int[Array, " B"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Detections:
     """Detections of a video, best first: segments (N, 2) in seconds, labels (N,) class names, scores (N,) in [0, 1]."""
 
@@ -92,6 +92,12 @@ class Detections:
 
     def __len__(self) -> int:
         return len(self.scores)
+
+    def __repr__(self) -> str:
+        if not len(self):
+            return "Detections(none)"
+        (start, end), label = self.segments_sec[0].tolist(), self.labels[0]
+        return f"Detections({len(self)}, the best {label!r} {start:g}-{end:g} s, score {self.scores[0]:.3g})"
 
     def to_json(self) -> str:
         """Return ActivityNet's entries, best first: [{"segment": [start, end], "label": name, "score": number}, …].

@@ -56,7 +56,7 @@ def test_a_target_that_does_not_exist_is_answered_with_what_does(text, message):
 @pytest.mark.parametrize("text", ["h100", "v5e:2x2"])
 def test_without_the_compilers_a_message_says_what_to_install(text, monkeypatch):
     monkeypatch.setattr(accelerators, "_is_installed", lambda package: False)
-    with pytest.raises(ConfigError, match=rf"target '{text}' needs .*: pip install 're2tal-jax\[aot\]'"):
+    with pytest.raises(ConfigError, match=rf"target '{text}' needs .*: pip install -e '.\[aot\]'"):
         absent_devices(text)
 
 

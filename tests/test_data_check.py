@@ -256,6 +256,15 @@ def test_segments_and_videos_are_compared_with_a_window(data):
     assert found(data.check()) == {"longer_than_padding": ("error", 2)}
 
 
+def test_a_segment_is_as_long_as_what_its_video_shows_of_it(data):
+    data.strided(2, overlap=0.5)
+    data.config["num_snippets"] = 20  # 4 s
+    data.add("t1", 8.5, 400)
+    report = data.check()
+    assert found(report) == {"past_end": ("warning", 1)}
+    assert report.as_json()["subsets"][0]["longest_sec"] == 1.5
+
+
 def test_a_rate_that_nobody_tells_is_told(data):
     for video in data.database.values():
         del video["frame"]

@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import sys
+import textwrap
 from pathlib import Path
 
 import jax
@@ -245,6 +246,27 @@ def test_a_wrong_command_line_is_answered_by_one_message(tmp_path, tiny_data, ru
     assert message.format(**places) in done.err
     assert "Traceback" not in done.err
     assert not (tmp_path / "run").exists()
+
+
+def test_an_interrupt_leaves_the_end_of_the_process_to_the_system(run_folder, finished, tmp_path):
+    """Devices may still be computing; Python's own end, of which exit handlers are a part, would take their arrays."""
+    script = """
+        import atexit, sys
+        from re2tal_jax import main
+        from re2tal_jax.inference import detect
+
+        def interrupted(array):
+            raise KeyboardInterrupt
+
+        detect._whole = interrupted
+        atexit.register(print, "Python ended")
+        main.run()
+    """
+    arguments = ["--workdir", str(run_folder / "run"), "--mode", "predict", "--out", str(tmp_path)]
+    done = run_process([sys.executable, "-c", textwrap.dedent(script), *arguments])
+    assert (done.code, done.err) == (130, "\ninterrupted\n")
+    assert "stopped: 0 of 4 videos are finished and kept; the same command goes on from there." in done.out
+    assert "Python ended" not in done.out
 
 
 @pytest.mark.parametrize("place", [["--workdir"], ["--mode", "predict", "--checkpoint"]])

@@ -380,13 +380,13 @@ def test_a_prepared_directory_is_not_prepared_again(directory, tmp_path):
 
 def test_beam_that_is_missing_is_named(own, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"DirectRunner needs Apache Beam: pip install 're2tal-jax\[beam\]'"):
+    with pytest.raises(ConfigError, match=r"DirectRunner needs Apache Beam: pip install -e '.\[beam\]'"):
         prepare(config({"name": "activitynet", **own}), tmp_path / "out", beam_runner="DirectRunner")
 
 
 @pytest.mark.filterwarnings("default")
 def test_beam_writes_the_same(own, tmp_path):
-    pytest.importorskip("apache_beam", reason="pip install 're2tal-jax[beam]'")
+    pytest.importorskip("apache_beam", reason="pip install -e '.[beam]'")
     wanted = config({"name": "activitynet", **own})
     prepare(wanted, tmp_path / "here", shard_bytes=TINY)
     prepare(wanted, tmp_path / "beam", shard_bytes=TINY, beam_runner="DirectRunner")

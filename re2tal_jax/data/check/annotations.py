@@ -82,6 +82,10 @@ class Subset:
         """The segments with a length that lie in their video, at least in part."""
         return [s for s in self.segments if s.end > s.start and s.end > 0 and s.start < self.duration_sec(s.video_id)]
 
+    def length_sec(self, segment: Segment) -> float:
+        """Return how long a usable segment is in its video, which cuts it off at both ends."""
+        return min(segment.end, self.duration_sec(segment.video_id)) - max(segment.start, 0.0)
+
     def duration_sec(self, video_id: str) -> float:
         """Return how long the annotation says that a video is."""
         return self.videos[video_id]["duration"]
@@ -235,7 +239,7 @@ def _without_segments(subset: Subset) -> Iterator[Problem]:
 
 
 def _left_out_of_training(train: Subset, min_length_ratio: float) -> Iterator[Problem]:
-    found = [s for s in train.usable if (s.end - s.start) / train.duration_sec(s.video_id) <= min_length_ratio]
+    found = [s for s in train.usable if train.length_sec(s) / train.duration_sec(s.video_id) <= min_length_ratio]
     yield from problem(
         "note",
         "too_short",
@@ -260,7 +264,7 @@ def _beside_the_windows(subset: Subset) -> Iterator[Problem]:
     policy = subset.policy
     snippets = {name: snippet_sec(policy, subset.duration_sec(name), subset.rates.get(name)) for name in subset.videos}
     lengths = [  # in snippets
-        (segment, (segment.end - segment.start) / step)
+        (segment, subset.length_sec(segment) / step)
         for segment in subset.usable
         if (step := snippets.get(segment.video_id))
     ]

@@ -74,9 +74,14 @@ def as_text(problems: Sequence[Problem]) -> str:
 
 def _paragraph(item: Problem) -> str:
     more = ", …" if item.count > len(item.examples) else ""
-    examples = f" Such as: {', '.join(item.examples)}{more}." if item.examples else ""
-    lines = textwrap.wrap(
-        f"{item.code}: {item.message}{examples}", _WIDTH, initial_indent="  ", subsequent_indent="    "
+    examples = f" Such as: {', '.join(item.examples).removesuffix('.')}{more}." if item.examples else ""
+    lines = _wrapped(f"{item.code}: {item.message}{examples}", first="  ", others="    ")
+    return "\n".join(lines + _wrapped(item.advice, first="    -> ", others="       "))
+
+
+def _wrapped(text: str, *, first: str, others: str) -> list[str]:
+    """Return the lines of a text; paths stay whole, to be copied."""
+    wrapper = textwrap.TextWrapper(
+        _WIDTH, initial_indent=first, subsequent_indent=others, break_on_hyphens=False, break_long_words=False
     )
-    lines += textwrap.wrap(item.advice, _WIDTH, initial_indent="    -> ", subsequent_indent="       ")
-    return "\n".join(lines)
+    return wrapper.wrap(text)

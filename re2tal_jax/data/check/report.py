@@ -39,7 +39,7 @@ class Report:
 
 
 def _counts(subset: Subset) -> dict[str, Any]:
-    lengths = [segment.end - segment.start for segment in subset.usable]
+    lengths = [subset.length_sec(segment) for segment in subset.usable]
     return {
         "section": subset.section,
         "subset": subset.name,
@@ -110,7 +110,7 @@ def _aligned(rows: Sequence[Sequence[str]], *, left: int) -> str:
 
 def histogram(subsets: Sequence[Subset]) -> str:
     """Return the lengths of segments as a text, one line for each doubling, the subsets side by side."""
-    lengths = [[segment.end - segment.start for segment in subset.usable] for subset in subsets]
+    lengths = [[subset.length_sec(segment) for segment in subset.usable] for subset in subsets]
     if not any(lengths):
         return "no segments"
     bins = [Counter(math.floor(math.log2(max(length, 2**-5))) for length in part) for part in lengths]

@@ -152,7 +152,7 @@ def _open_hdf5(path: Path) -> Any:
     try:
         import h5py
     except ImportError as error:
-        raise ConfigError(f"{path}: reading HDF5 needs h5py: pip install 're2tal-jax[h5]'.") from error
+        raise ConfigError(f"{path}: reading HDF5 needs h5py: pip install -e '.[h5]' in the checkout.") from error
     try:
         return h5py.File(path, "r")
     except OSError as error:

@@ -94,7 +94,7 @@ def prepare(
         DataError: the data set cannot be opened, a file that vanishes, or a directory that cannot be written to.
     """
     if beam_runner is not None and importlib.util.find_spec("apache_beam") is None:
-        raise ConfigError(f"--beam_runner {beam_runner} needs Apache Beam: pip install 're2tal-jax[beam]'.")
+        raise ConfigError(f"--beam_runner {beam_runner} needs Apache Beam: pip install -e '.[beam]' in the checkout.")
     name, datasets, view = open_subsets(config)
     infos, failures = _look_at_all(datasets, workers)
     jobs = {subset: plan_jobs(dataset, infos) for subset, dataset in datasets.items()}
