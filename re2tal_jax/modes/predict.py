@@ -24,6 +24,7 @@ import jax
 from re2tal_jax.activitynet_format import to_activitynet, write_activitynet
 from re2tal_jax.data import DATASETS
 from re2tal_jax.data.dataset import Dataset
+from re2tal_jax.data.findings import counted
 from re2tal_jax.data.video_files import find_video_files, open_video_files
 from re2tal_jax.errors import CheckpointError, ConfigError, DataError
 from re2tal_jax.evaluation import DetectionMap, detection_map
@@ -117,8 +118,8 @@ def predict(
     with finished_videos as finished, _sigterm_interrupts():
         before = task.finished(finished)
         log.info(
-            "predicting on %d videos, %d of them finished before, with step %d of %s",
-            len(task.files),
+            "predicting on %s, %d finished before, with step %d of %s",
+            counted(len(task.files), "video"),
             len(before),
             step,
             directory,
@@ -218,7 +219,8 @@ def _predict(
         if not dataset.records:
             return done, damaged
         loader = open_loader(model, dataset)
-        log.info("%d windows in %d batches of %d", len(loader.windows), len(loader), model.batch_size)
+        parts = counted(len(loader.windows), "window"), counted(len(loader), "batch", "batches")
+        log.info("%s in %s of %d", *parts, model.batch_size)
         begin = time.monotonic()
         for video_id, detections, _, unreadable in localize_all(model, loader):
             first_sec = first_sec or time.monotonic() - begin

@@ -278,7 +278,7 @@ def _beside_the_windows(subset: Subset) -> Iterator[Problem]:
         unknown,
         f"{subset.name}: the annotation tells no frame rate of {len(unknown)} of {len(subset.videos)} videos, so their "
         "segments were not compared with windows and snippets.",
-        "Give the data set its videos (config.data.videos), or say the rate (config.data.fps).",
+        "Give the data set videos that can be read (config.data.videos), or say the rate (config.data.fps).",
     )
     yield from _longer_than_a_window(subset, lengths)
     windows = {name: policy.num_snippets * step for name, step in snippets.items() if step is not None}
