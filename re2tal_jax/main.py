@@ -154,8 +154,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run() -> NoReturn:
     """Do as `main`, and end the process.
 
-    What was interrupted may still be computing, on arrays that Python would take away as it ends: a segmentation fault.
-    So that end is left to the system; files were closed on the way out of `main`.
+    Compiling that was interrupted goes on in XLA's threads, which crash when Python takes away what they use. So the
+    end of the process is left to the system; files were closed on the way out of `main`.
     """
     code = main()
     if code == INTERRUPTED:

@@ -249,7 +249,7 @@ def test_a_wrong_command_line_is_answered_by_one_message(tmp_path, tiny_data, ru
 
 
 def test_an_interrupt_leaves_the_end_of_the_process_to_the_system(run_folder, finished, tmp_path):
-    """Devices may still be computing; Python's own end, of which exit handlers are a part, would take their arrays."""
+    """XLA may still be compiling, and would crash in Python's own end, of which exit handlers are a part."""
     script = """
         import atexit, sys
         from re2tal_jax import main

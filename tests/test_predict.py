@@ -23,7 +23,7 @@ from re2tal_jax.data.video_files import open_video_files
 from re2tal_jax.errors import CheckpointError, ConfigError, DataError
 from re2tal_jax.experiment import draw_blueprint, resolved_config
 from re2tal_jax.inference.detect import detect
-from re2tal_jax.inference.finished import NAME, Finished, FinishedVideos
+from re2tal_jax.inference.finished import NAME, FinishedVideos
 from re2tal_jax.inference.localize import open_loader
 from re2tal_jax.modes.predict import PAGE, PREDICTIONS, TABLE
 from re2tal_jax.progress import WorkProgress
@@ -354,57 +354,6 @@ def test_no_detection_at_all_is_a_result(tmp_path, trained, config, videos):
     assert found[IDS[0]].to_json() == "[]"
     assert (tmp_path / "out" / TABLE).read_text() == "video,start_sec,end_sec,label,score\n"
     found[IDS[0]].plot()
-
-
-def test_a_video_partly_unreadable_is_kept_and_tried_again(tmp_path):
-    (tmp_path / "a.mp4").write_text("x")
-    nothing = re2tal_jax.types.Detections(segments_sec=np.zeros((0, 2)), labels=(), scores=np.zeros(0))
-    with FinishedVideos(tmp_path, {"key": (1, 2)}) as finished:
-        finished.add("a", tmp_path / "a.mp4", Finished(1.5, 2, nothing))
-        assert not finished.holds("a", tmp_path / "a.mp4")
-        assert finished.read("a").duration_sec == 1.5
-        finished.add("a", tmp_path / "a.mp4", Finished(1.5, 0, nothing))
-    with FinishedVideos(tmp_path, {"key": [1, 2]}) as finished:
-        assert finished.holds("a", tmp_path / "a.mp4")
-        (tmp_path / "a.mp4").unlink()
-        assert not finished.holds("a", tmp_path / "a.mp4")
-
-
-def test_a_prediction_that_holds_no_video_binds_no_later_one(tmp_path):
-    (tmp_path / "a.mp4").write_text("x")
-    nothing = re2tal_jax.types.Detections(segments_sec=np.zeros((0, 2)), labels=(), scores=np.zeros(0))
-    with FinishedVideos(tmp_path, {"batch": 8}):
-        pass
-    with FinishedVideos(tmp_path, {"batch": 4}, writes=False) as other:
-        assert not other.holds("a", tmp_path / "a.mp4")
-    with FinishedVideos(tmp_path, {"batch": 4}) as finished:
-        finished.add("a", tmp_path / "a.mp4", Finished(1.5, 0, nothing))
-    for writes in (True, False):
-        with pytest.raises(CheckpointError, match="batch: 4 there, 8 now"):
-            FinishedVideos(tmp_path, {"batch": 8}, writes=writes)
-    with FinishedVideos(tmp_path, {"batch": 4}) as finished:
-        assert finished.holds("a", tmp_path / "a.mp4")
-
-
-def test_a_video_whose_record_was_corrected_is_not_finished(tmp_path):
-    (tmp_path / "a.mp4").write_text("x")
-    nothing = re2tal_jax.types.Detections(segments_sec=np.zeros((0, 2)), labels=(), scores=np.zeros(0))
-    with FinishedVideos(tmp_path, {}) as finished:
-        finished.add("a", tmp_path / "a.mp4", Finished(1.5, 0, nothing), (1.5, None, 45))
-    with FinishedVideos(tmp_path, {}) as finished:
-        assert finished.holds("a", tmp_path / "a.mp4", (1.5, None, 45))
-        assert not finished.holds("a", tmp_path / "a.mp4", (1.6, None, 45))
-
-
-def test_two_runs_do_not_write_into_one_folder(tmp_path):
-    with FinishedVideos(tmp_path, {}):
-        before = (tmp_path / NAME).read_bytes()
-        for overwrite in (False, True):
-            with pytest.raises(DataError, match="another prediction is at work there"):
-                FinishedVideos(tmp_path, {}, overwrite=overwrite)
-        assert (tmp_path / NAME).read_bytes() == before
-    with FinishedVideos(tmp_path, {}):
-        pass
 
 
 @pytest.mark.parametrize(

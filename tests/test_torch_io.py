@@ -181,7 +181,7 @@ def test_where_a_file_cannot_be_written_is_said(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match=r"suffix '.npz': allowed are \.safetensors, \.pth, \.pt"):
         write(tmp_path / "a.npz", EXPECTED)
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(CheckpointError, match="needs torch: install the extra convert"):
+    with pytest.raises(CheckpointError, match=r"needs torch \(pip install -e '.\[convert\]'"):
         write(tmp_path / "a.pth", EXPECTED)
     assert list(tmp_path.iterdir()) == []
 
