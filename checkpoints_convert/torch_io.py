@@ -183,7 +183,8 @@ def _write_torch(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
         import torch
     except ImportError as error:
         raise CheckpointError(
-            "Writing .pth, .pt and .bin needs torch (pip install -e '.[convert]' in the checkout), .safetensors nothing."
+            "Writing .pth, .pt and .bin needs torch (pip install -e '.[convert]' in the checkout); "
+            "or write .safetensors."
         ) from error
     with open(path, "wb") as file:  # of a path torch would make the name of a folder in the file
         torch.save({key: _to_torch(value) for key, value in tensors.items()}, file)
